@@ -1,0 +1,563 @@
+"""The recipes of the stages and their loops: `pretrain` is stage 1, `train_classifier` are probing and stage 2.
+
+A recipe gathers data and model and says what the loss of one batch is; `fit` trains, for every stage alike. All
+randomness of a step comes from (seed, epoch, step, process), so that a resumed run repeats an uninterrupted one.
+"""
+import math
+import resource
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch.nn.parallel import DistributedDataParallel
+
+from models import BNSNetwork, Classifier, create_encoder
+from util.augment import SimCLRAugment
+from util.bns_loss import BNSLoss
+from util.checkpoint import load_checkpoint, load_newest, load_weights, stage_of
+from util.errors import UserError
+from util.imbalanced_cifar import ImbalanceCIFAR10, ImbalanceCIFAR100
+from util.ip_dpp import class_stream, draw, inclusion_probabilities
+from util.logs import Progress, RunLog
+from util.metrics import classification_metrics
+from util.options import Unset
+from util.processes import Processes
+from util.run_folder import RunFolder
+from util.signals import Interrupted, StopSignal
+from util.toy_data import ToyCIFAR
+
+EVAL_BATCH = 500  # whatever --batch_size is, so that the same weights always give the same figures
+SHOWN_CLASSES = 5  # largest classes whose draws are logged
+SAME_RUN = ("dataset", "toy_data", "imbalanced_factor", "num_classes", "model", "input_size", "embed_dim")
+MAY_CHANGE = ("epochs", "batch_size", "accum_iter", "lr", "blr", "min_lr", "warmup_epochs", "weight_decay", "seed",
+              "jitter_strength", "temperature", "bns_form", "num_extra_positives", "num_samples", "sampling_freq",
+              "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "amp")
+
+
+def pretrain(args):
+    """Stage 1: train encoder and projector with BNS on two views of each image (paper, section 4)."""
+    processes, autocast = prepare(args)
+    train_set = load_data(args, processes, train=True)
+    images, labels = on_device(train_set, processes.device)
+
+    torch.manual_seed(args.seed)
+    model = BNSNetwork(create_encoder(args.model, args.input_size), args.embed_dim)
+    model.to(processes.device, memory_format=torch.channels_last)
+    checkpoint, path = find_checkpoint(args, processes)
+    if checkpoint:
+        check_same_run(args, checkpoint, path)
+
+    augment = SimCLRAugment(args.input_size, args.jitter_strength)
+    criterion = BNSLoss(args.temperature, args.bns_form, args.num_extra_positives)
+
+    def batch_loss(network, batch):
+        pixels = images[batch]
+        views = [augment(pixels, torch.default_generator) for _ in range(2)]
+        with autocast():
+            projections = network(*(view.contiguous(memory_format=torch.channels_last) for view in views))
+        return criterion(*projections, labels[batch])
+
+    everything = torch.arange(len(images))
+
+    def first_views(log):
+        pixels = images[epoch_batches(everything, 32, 1, args.seed, 0, processes)[0]]
+        views = [augment(pixels, torch.Generator().manual_seed(args.seed)) for _ in range(2)]
+        log.draw("add_images", "input/two views of the first batch", torch.cat(views).cpu(), 0)
+
+    return fit(args, processes, model, batch_loss, len(images), lambda epoch, previous, log: (everything, {}),
+               checkpoint, path, drop_last=True, describe=first_views)
+
+
+def train_classifier(args):
+    """Probing (linear layer on the frozen encoder) and stage 2 (both trained on IP-DPP's draws; paper, section 5)."""
+    probing = args.stage == "lineprob_bns"
+    sampler = "uniform" if probing else args.ipdpp_sampler
+    processes, autocast = prepare(args)
+    train_set = load_data(args, processes, train=True)
+    test_set = load_data(args, processes, train=False)
+    counts = train_set.class_counts
+    test_images, test_labels = on_device(test_set, processes.device)
+    test_labels = test_labels.cpu()
+
+    torch.manual_seed(args.seed)
+    model = Classifier(create_encoder(args.model, args.input_size), args.num_classes, frozen=probing)
+    model.to(processes.device, memory_format=torch.channels_last)
+
+    def measure(network, inputs):
+        logits = predict(network, inputs, processes, autocast, args.input_size).cpu()
+        return classification_metrics(logits, test_labels, counts, train_set.shot_thresholds), logits
+
+    if args.eval:
+        checkpoint = load_checkpoint(args.eval, "--eval")
+        check_stage(args, checkpoint, f"--eval {args.eval}", [args.stage], strict="stage" in checkpoint["args"])
+        load_weights(model, checkpoint["model"], f"--eval {args.eval}")
+        metrics, _ = measure(model, test_images)
+        if processes.first:
+            report(metrics, len(test_labels))
+            print("accuracy per class, in order of training images: "
+                  + " ".join(f"{fraction:.3f}" for fraction in metrics["per_class"]))
+        processes.end()
+        return metrics
+
+    images, labels = on_device(train_set, processes.device)
+    checkpoint, path = find_checkpoint(args, processes)
+    if checkpoint:
+        check_stage(args, checkpoint, f"--resume {path}", ["pretrain_bns", args.stage])
+        if stage_of(checkpoint) == "pretrain_bns":
+            weights = {name[4:]: value for name, value in checkpoint["model"].items() if name.startswith("enc.")}
+            load_weights(model.enc, weights, f"--resume {path}")
+            say(processes, f"starting from the extractor {path}")
+            checkpoint = None
+        else:
+            check_same_run(args, checkpoint, path)
+    else:
+        say(processes, "no --resume: starting from a randomly initialised encoder")
+    # The probe's encoder never changes, so its test features are computed once.
+    measured = (model.lin, predict(model.enc, test_images, processes, autocast, args.input_size)) if probing else (
+        model, test_images)
+
+    augment = SimCLRAugment(args.input_size, args.jitter_strength)
+
+    def batch_loss(network, batch):
+        views = augment(images[batch], torch.default_generator).contiguous(memory_format=torch.channels_last)
+        with autocast():
+            logits = network(views)
+        return F.cross_entropy(logits, labels[batch])
+
+    def choose_images(epoch, previous, log):
+        if sampler == "none":
+            return torch.arange(len(images)), {}
+        due = not probing and epoch % args.sampling_freq == 0 and epoch < args.epochs - 1
+        if previous is not None and not due:
+            return previous, {}
+        log_p = np.zeros(len(images))
+        cut = np.flatnonzero(counts[train_set.targets] > args.num_samples)
+        if not probing:
+            log_p[cut] = true_label_log_probabilities(
+                predict(model, images[cut], processes, autocast, args.input_size), labels[cut])
+        drawn = processes.from_first(lambda: draw_balanced(
+            log_p, np.asarray(train_set.targets), args.num_samples, args.seed, epoch, sampler,
+            getattr(args, "ipdpp_kernel", "paper"), getattr(args, "mcmc_steps", 1)))
+        if probing or not processes.first:
+            return torch.from_numpy(drawn), {}
+        return torch.from_numpy(drawn), log_draw(args, log, epoch, train_set, log_p, drawn, previous)
+
+    def evaluate(epoch, log):
+        metrics, logits = measure(*measured)
+        if processes.first:
+            report(metrics, len(test_labels))
+            log.scalars({f"test/{name}": metrics[name] for name in ("acc1", "acc5", "loss")}, epoch + 1)
+            log.scalars({f"test_shots/{name}": metrics[name] for name in ("many", "medium", "few")
+                         if metrics[name] is not None}, epoch + 1)
+        return {f"test_{name}": value for name, value in metrics.items()}
+
+    per_epoch = len(images) if sampler == "none" else int(np.minimum(counts, args.num_samples).sum())
+    return fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint, path, evaluate)
+
+
+# ---------------------------------------------------------------------------------------------- before training
+
+
+def prepare(args):
+    """Check what flags say together, start the processes. Returns them and a factory of autocast contexts."""
+    if isinstance(args.warmup_epochs, Unset) and args.warmup_epochs >= args.epochs:
+        print(f"--warmup_epochs: the default of {args.warmup_epochs} does not fit --epochs {args.epochs}, "
+              f"so {args.epochs // 5} it is", flush=True)
+        args.warmup_epochs = args.epochs // 5
+    args.warmup_epochs = int(args.warmup_epochs)
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(f"--warmup_epochs: found {args.warmup_epochs}, expected fewer than --epochs {args.epochs}")
+    classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
+    if args.num_classes != classes:
+        raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
+    processes = Processes(args.device)
+    dtype = amp_dtype(args.amp, processes.device)
+    args.amp = str(dtype).removeprefix("torch.") if dtype else "none"
+    torch.backends.cudnn.benchmark = True
+    return processes, lambda: torch.autocast(processes.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def amp_dtype(name, device):
+    """The type that `--amp name` means on `device`: torch.bfloat16, torch.float16, or None for float32 throughout."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
+
+
+def load_data(args, processes, train):
+    """The data set that the flags name. Where it is missing, the first process downloads it for all."""
+    if args.toy_data:
+        return ToyCIFAR(args.num_classes, args.imbalanced_factor, train)
+    dataset = {"cifar10": ImbalanceCIFAR10, "cifar100": ImbalanceCIFAR100}[args.dataset]
+    processes.from_first(lambda: dataset(args.data_root, args.imbalanced_factor, train, download=True) and None)
+    return dataset(args.data_root, args.imbalanced_factor, train)
+
+
+def on_device(dataset, device):
+    """All images as uint8 (N, 3, 32, 32) and all labels as int64 (N,) on `device`."""
+    return torch.from_numpy(dataset.data).to(device).permute(0, 3, 1, 2), torch.tensor(dataset.targets, device=device)
+
+
+def find_checkpoint(args, processes):
+    """What --resume names, as (checkpoint, path); (None, None) where there is nothing to resume."""
+    wanted = list(args.resume or [])
+    if len(wanted) > 2 or (len(wanted) == 2 and wanted[0] != "auto") or "auto" in wanted[1:]:
+        raise UserError(f"--resume: found '{' '.join(wanted)}', expected FILE, auto, or auto FILE")
+    if wanted[:1] == ["auto"]:
+        wanted.pop(0)
+        newest = processes.from_first(lambda: load_newest(args.output_dir, args.stage)[0])
+        if newest:
+            wanted = [newest]
+        else:
+            say(processes, f"--resume auto: no checkpoint in {args.output_dir}, starting afresh")
+    return (load_checkpoint(wanted[0]), Path(wanted[0])) if wanted else (None, None)
+
+
+def check_stage(args, checkpoint, source, expected, strict=True):
+    """Refuse a checkpoint of a stage that is not `expected`; unless `strict`, any with a linear layer will do."""
+    stage = stage_of(checkpoint)
+    if stage not in expected and (strict or "lin.weight" not in checkpoint["model"]):
+        raise UserError(f"{source} holds {f'a checkpoint of stage {stage}' if stage else 'neither projector nor linear layer'}"
+                        f", expected one of {' or '.join(expected)}")
+
+
+def check_same_run(args, checkpoint, path):
+    """Refuse to continue a run of other data or another model; say aloud what else has changed."""
+    check_stage(args, checkpoint, f"--resume {path}", [args.stage])
+    for name, before in checkpoint["args"].items():
+        now = getattr(args, name, None)
+        if name in SAME_RUN and now != before and hasattr(args, name):
+            raise UserError(f"--resume {path} was trained with --{name} {before}, found --{name} {now}; "
+                            "expected the same, or another --output_dir and no --resume")
+        if name in MAY_CHANGE and now != before and hasattr(args, name):
+            print(f"--{name}: {before} in the checkpoint, {now} from here on", flush=True)
+
+
+def say(processes, text):
+    if processes.first:
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint, path, evaluate=None,
+        drop_last=False, describe=None):
+    """Train `model`, write logs and checkpoints, and return the history: one dict per epoch.
+
+    Args:
+        batch_loss: (network, int64 indices on the device) -> scalar loss.
+        per_epoch: images per epoch.
+        choose_images: (epoch, indices of the epoch before or None, log) -> (int64 indices on the CPU, dict to log).
+        checkpoint, path: of the run to continue (else None), as `load_checkpoint` gives it, and where it lies.
+        evaluate: (epoch, log) -> dict to log.
+        drop_last: leave an epoch's incomplete last batch out.
+        describe: (log) -> None, called once at the start of a fresh run.
+    """
+    device, first = processes.device, processes.first
+    global_batch = args.batch_size * processes.world_size
+    steps = per_epoch // global_batch if drop_last else math.ceil(per_epoch / global_batch)
+    if per_epoch < global_batch and (drop_last or processes.world_size > 1):
+        raise UserError(f"--batch_size: found {args.batch_size} images in each of {processes.world_size} processes, "
+                        f"expected at most {per_epoch} together, the images of an epoch")
+
+    lr = args.lr or args.blr * global_batch * args.accum_iter / 256
+    if checkpoint:
+        load_weights(model, checkpoint["model"], f"--resume {path}")
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
+    updates = math.ceil(steps / args.accum_iter)
+    # timm: only these arguments make it linear warm-up from 0 followed by half a cosine over the remaining epochs.
+    scheduler, _ = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr, warmup_lr=0,
+        warmup_epochs=args.warmup_epochs, warmup_prefix=True, step_on_epochs=False, updates_per_epoch=updates)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "float16")
+
+    start, first_step, history, subset, record, curves = 0, 0, [], None, {}, {}
+    if checkpoint:
+        restore_optimizer(optimizer, scaler, checkpoint, path)
+        start, history, subset = checkpoint["epoch"] + 1, checkpoint.get("history", []), checkpoint.get("subset")
+        partial = checkpoint.get("partial")
+        if partial and partial["steps"] == steps and args.start_epoch in (None, start):
+            first_step, record = partial["step"], partial["record"]
+            curves = {name: list(values.to(device)) for name, values in partial["curves"].items()}
+    if args.start_epoch is not None:
+        start, history = args.start_epoch, history[:args.start_epoch]
+
+    folder = RunFolder(args.output_dir, args.log_dir or args.output_dir,
+                       f"{args.stage}_{args.dataset}_if{args.imbalanced_factor:g}.pth", args.save_freq, args.keep_checkpoints)
+    # `auto` stands for the folder's own run, also where that was cut off before its first checkpoint.
+    continues = path if checkpoint else folder.final if args.resume and args.resume[0] == "auto" else None
+    processes.from_first(lambda: folder.claim(continues, args.overwrite))
+    log = RunLog(folder.folder, folder.log_dir, start + first_step / steps, quiet=not first)
+    log.write_history(history)
+    network = torch.compile(model) if args.compile else model
+    if processes.world_size > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    if describe and not checkpoint:
+        describe(log)
+    say(processes, f"{args.stage} on {'toy data like ' * args.toy_data}{args.dataset} at IF {args.imbalanced_factor:g}: "
+        f"{per_epoch} images and {steps} steps an epoch, {args.model}, {device}, amp {args.amp}, lr {lr:g}, "
+        f"{processes.world_size} process(es)" + (f"; continuing {path} in epoch {start}" if checkpoint else ""))
+
+    def state(epoch, partial=None):
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
+                "scaler": scaler.state_dict(), "args": vars(args), "history": history, "subset": subset,
+                "partial": partial}
+
+    def leave(what, epoch, partial=None):
+        if first:
+            folder.save(state(epoch, partial), epoch, now=True)
+        processes.end()
+        raise Interrupted(stop.signum or signal.SIGTERM, f"{what}; add --resume auto to the command to go on from there")
+
+    progress = Progress(args.epochs * steps, start * steps + first_step, quiet=not first)
+    with StopSignal() as stop:
+        for epoch in range(start, args.epochs):
+            if first_step == 0:
+                subset, record = choose_images(epoch, subset, log)
+                curves = {"train_loss": [], "lr": [], "train/gradient_norm": []}
+            batches = epoch_batches(subset, args.batch_size, steps, args.seed, epoch, processes)
+            began = time.monotonic()
+            done = train_one_epoch(args, processes, network, batch_loss, optimizer, scaler, scheduler, batches, epoch,
+                                   first_step, curves, progress, stop)
+            train_loss = mean_loss(curves, processes)
+            speed = sum(map(len, batches[first_step:done])) * processes.world_size / (time.monotonic() - began)
+            check_finite(train_loss, epoch, model)
+            stopped = processes.any(stop.signum is not None)
+            if done < steps:
+                partial = {"step": done, "steps": steps, "record": record,
+                           "curves": {name: torch.stack(values).cpu() for name, values in curves.items()}}
+                leave(f"stopped in epoch {epoch} after step {done} of {steps}", epoch - 1, partial)
+            last = epoch == args.epochs - 1
+            record = {"epoch": epoch, "train_loss": train_loss, "train_lr": optimizer.param_groups[0]["lr"], **record}
+            progress.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {record['train_lr']:.6f}  {speed:,.0f} images/s")
+            if evaluate and (last or (epoch + 1) % args.eval_freq == 0):
+                record.update(evaluate(epoch, log))
+                best = max(r.get("test_acc1", 0) for r in [*history, record])
+                progress.say(f"Max accuracy: {best:.2f}%")
+            history.append(record)
+            log_epoch(log, epoch, curves, speed, device)
+            log.write_history(history)
+            if stopped and not last:
+                leave(f"stopped after epoch {epoch}", epoch)
+            if first:
+                folder.save(state(epoch), epoch, last)
+            first_step = 0
+    summarise(args, processes, log, folder, history)
+    processes.end()
+    return history
+
+
+def train_one_epoch(args, processes, network, batch_loss, optimizer, scaler, scheduler, batches, epoch, first_step,
+                    curves, progress, stop):
+    """Train on `batches` from `first_step` on, appending each step's figures to the lists of `curves` on the device.
+
+    Nothing here waits for the device except a progress line. Returns the steps done: fewer than all where `stop` came.
+    """
+    network.train()
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    steps, updates = len(batches), math.ceil(len(batches) / args.accum_iter)
+    for step in range(first_step, steps):
+        update, part = divmod(step, args.accum_iter)
+        parts = min(args.accum_iter, steps - update * args.accum_iter)
+        if part == 0:
+            scheduler.step_update(epoch * updates + update)
+            optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(stream(args.seed, epoch, step, processes.rank))
+        loss = batch_loss(network, batches[step])
+        scaler.scale(loss / parts).backward()
+        curves["train_loss"].append(loss.detach())
+        if progress.due():
+            check_finite(loss.item(), epoch)
+            progress.show(f"epoch {epoch}  step {step + 1}/{steps}  loss {loss.item():.4f}")
+        if part + 1 < parts:
+            continue
+        scaler.unscale_(optimizer)
+        curves["train/gradient_norm"].append(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        curves["lr"].append(torch.tensor(optimizer.param_groups[0]["lr"]))
+        scaler.step(optimizer)
+        scaler.update()
+        if processes.any(stop.signum is not None):
+            return step + 1
+    return steps
+
+
+def epoch_batches(subset, batch_size, steps, seed, epoch, processes):
+    """This process's share of an epoch: a list of `steps` int64 index tensors on the device, in random order.
+
+    With several processes, an incomplete last batch is filled up with the epoch's first images until all get as many.
+    """
+    order = subset[torch.randperm(len(subset), generator=torch.Generator().manual_seed(stream(seed, epoch)))]
+    order = torch.cat((order, order[:-len(order) % processes.world_size])).to(processes.device)
+    batches = order.split(batch_size * processes.world_size)[:steps]
+    return [batch[processes.rank::processes.world_size] for batch in batches]
+
+
+def stream(*key):
+    """A seed for PyTorch's generators, one per tuple of non-negative integers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def mean_loss(curves, processes):
+    """The epoch's mean training loss over all steps and processes."""
+    return (processes.sum(torch.stack(curves["train_loss"]).double().mean()) / processes.world_size).item()
+
+
+def check_finite(loss, epoch, model=None):
+    """Refuse to go on (and to save) with a loss, or a weight of `model`, that is not finite."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss became {loss} in epoch {epoch}, expected a finite one: lower --lr or --blr, "
+                        "or try --amp none; the checkpoints before it are as they were")
+    if model is not None and not torch.nn.utils.get_total_norm(list(model.parameters())).isfinite():
+        raise UserError(f"a weight stopped being finite in epoch {epoch}: lower --lr or --blr, or try --amp none; "
+                        "the checkpoints before it are as they were")
+
+
+def restore_optimizer(optimizer, scaler, checkpoint, path):
+    """Load moments and scale of a checkpoint; learning rate and weight decay stay what the flags say."""
+    groups = optimizer.state_dict()["param_groups"]
+    saved = checkpoint.get("optimizer") or {}
+    shapes = {i: p.shape for ids, group in zip(groups, optimizer.param_groups) for i, p in zip(ids["params"], group["params"])}
+    state = saved.get("state", {})
+    if {i: entry["exp_avg"].shape for i, entry in state.items() if "exp_avg" in entry} != shapes:
+        print(f"--resume {path}: its optimiser state is of other parameters; the optimiser starts afresh", flush=True)
+        return
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if scaler.is_enabled() and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
+# ---------------------------------------------------------------------------------------------- prediction and draws
+
+
+@torch.inference_mode()
+def predict(network, inputs, processes, autocast, input_size):
+    """Outputs of `network` in eval mode, float32 (N, ...) on the device, for images or features of all processes.
+
+    uint8 images (N, 3, H, W) become floats in [0, 1], resized to `input_size` where theirs is another.
+    """
+    network.eval()
+    outputs = None
+    for number, start in enumerate(range(0, len(inputs), EVAL_BATCH)):
+        if number % processes.world_size != processes.rank and outputs is not None:
+            continue
+        batch = inputs[start:start + EVAL_BATCH]
+        if batch.dtype == torch.uint8:
+            batch = batch.float().div(255).contiguous(memory_format=torch.channels_last)
+            if batch.shape[-1] != input_size:
+                batch = F.interpolate(batch, size=(input_size, input_size), mode="bilinear", antialias=True)
+        with autocast():
+            output = network(batch).float()
+        if outputs is None:
+            outputs = output.new_zeros(len(inputs), *output.shape[1:])
+        if number % processes.world_size == processes.rank:
+            outputs[start:start + EVAL_BATCH] = output
+    return processes.sum(outputs)
+
+
+def true_label_log_probabilities(logits, labels):
+    """log p of the true label, float64 (N,) in NumPy, of logits (N, C)."""
+    log_probabilities = F.log_softmax(logits.double(), dim=1)
+    return log_probabilities.gather(1, labels[:, None])[:, 0].cpu().numpy()
+
+
+def draw_balanced(log_p, targets, num_samples, seed, epoch, sampler, kernel, mcmc_steps):
+    """At most `num_samples` images of each class: ascending int64 indices.
+
+    Args:
+        log_p: float64 (N,), log probability of each image's true label; used of classes with more images than that.
+        targets: int64 (N,).
+        seed, epoch: with the class, they determine the draw.
+    """
+    chosen = []
+    for c in np.unique(targets):
+        members = np.flatnonzero(targets == c)
+        if len(members) > num_samples:
+            rng = class_stream(seed, epoch, int(c))
+            members = members[draw(log_p[members], num_samples, rng, sampler, kernel, mcmc_steps)]
+        chosen.append(members)
+    return np.concatenate(chosen)
+
+
+def log_draw(args, log, epoch, train_set, log_p, drawn, previous):
+    """Show what was drawn of the largest classes, in TensorBoard and as a dict for log.txt."""
+    targets, record = np.asarray(train_set.targets), []
+    for c in np.argsort(-train_set.class_counts, kind="stable")[:SHOWN_CLASSES]:
+        members = np.flatnonzero(targets == c)
+        if len(members) <= args.num_samples:
+            continue
+        mine = np.intersect1d(drawn, members)
+        figures = {"mean_p": float(np.exp(log_p[members]).mean()), "drawn_mean_p": float(np.exp(log_p[mine]).mean())}
+        if previous is not None:
+            figures["changed"] = len(np.setdiff1d(mine, previous))
+        if args.ipdpp_sampler != "uniform":
+            inclusion = inclusion_probabilities(log_p[members], args.num_samples, args.ipdpp_kernel)
+            figures |= {"max_inclusion": float(inclusion.max()), "min_inclusion": float(inclusion.min())}
+            ranked = members[np.argsort(-inclusion, kind="stable")]
+            sheet = torch.from_numpy(train_set.data[np.concatenate([ranked[:16], ranked[-16:]])]).permute(0, 3, 1, 2)
+            log.draw("add_images", f"ipdpp_most_and_least_likely/{train_set.classes[c]}", sheet, log.x(epoch))
+        log.scalars({f"ipdpp_{name}/{train_set.classes[c]}": value for name, value in figures.items()}, epoch)
+        record.append({"class": int(c), **figures})
+    return {"drawn": record}
+
+
+# ---------------------------------------------------------------------------------------------- reports
+
+
+def report(metrics, num_images):
+    """Print an evaluation in the lines that users of the published code know."""
+    print(f"* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
+    print(f"Accuracy of the network on the {num_images} test images: {metrics['acc1']:.1f}%")
+    print("* " + " ".join(f"{name.capitalize()}-Shot Acc@1 " + ("none" if metrics[name] is None else f"{metrics[name]:.3f}")
+                          for name in ("many", "medium", "few")), flush=True)
+
+
+def log_epoch(log, epoch, curves, speed, device):
+    """Draw the steps' figures over the epoch, and its throughput and memory at the end of it."""
+    for tag, values in curves.items():
+        for i, value in enumerate(torch.stack(values).tolist()):
+            log.scalars({tag: value}, epoch + i / len(values))
+    log.scalars({"train/images_per_second": speed, "train/peak_memory_gib": peak_memory(device)}, epoch + 1)
+    log.draw("flush")
+
+
+def peak_memory(device):
+    """Most memory in use so far, in GiB: of the device, or of the process where that is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def summarise(args, processes, log, folder, history):
+    """Close the log and say what the run reached, where its files lie and what to run next."""
+    final = {name: value for name, value in history[-1].items() if isinstance(value, float)} if history else {}
+    flags = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in vars(args).items()}
+    log.draw("add_hparams", flags, {f"final/{name}": value for name, value in final.items()}, run_name=".")
+    log.draw("close")
+    if not processes.first:
+        return
+    tested = [record for record in history if "test_acc1" in record]
+    if tested:
+        best = max(tested, key=lambda record: record["test_acc1"])
+        print(f"last epoch {tested[-1]['epoch']}: {tested[-1]['test_acc1']:.2f}%; "
+              f"best epoch {best['epoch']}: {best['test_acc1']:.2f}%")
+    print(f"peak memory {peak_memory(processes.device):.2f} GiB on {processes.device}")
+    print(f"wrote {folder.final}, {folder.folder / 'log.txt'} and TensorBoard events in {folder.log_dir}")
+    data = ["--toy_data"] if args.toy_data else ["--data_root", args.data_root]
+    command = ["python", f"main_{args.dataset}_{args.stage}.py", "--imbalanced_factor", f"{args.imbalanced_factor:g}",
+               "--model", args.model, "--input_size", str(args.input_size), *data]
+    if args.stage == "pretrain_bns":
+        for script in ("lineprob_bns", "finetune_ipdpp"):
+            command[1] = f"main_{args.dataset}_{script}.py"
+            print("next:", shlex.join([*command, "--resume", str(folder.final)]))
+    else:
+        print("next:", shlex.join([*command, "--eval", str(folder.final)]))

@@ -1,0 +1,101 @@
+"""The networks: a timm encoder with a stem for small images, followed by a projector (stage 1) or a linear layer."""
+import difflib
+
+import timm
+import torch
+from timm.models import is_model_in_modules
+from torch import nn
+
+from util.errors import UserError
+
+
+def create_encoder(name, input_size=32):
+    """Build a timm classifier without its classification layer, randomly initialised as timm does.
+
+    timm's ResNets get the stem of the CIFAR literature, a 3x3 convolution of stride 1 and no pooling (paper,
+    section 5), and are initialised He-normal (fan out), the last norm of each block at 1, not 0. Any other
+    model is taken as it is; where timm lets it choose its image size, `input_size` (pixels) is passed.
+
+    Returns:
+        Module from (N, 3, input_size, input_size) to (N, num_features), with the attribute `num_features`.
+
+    Raises:
+        UserError: no such timm model, or one that does not turn such images into feature vectors.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(f"--model: found '{name}', expected the name of a timm model"
+                        + (f" such as {', '.join(near)}" if near else ""))
+    try:
+        if is_model_in_modules(name, ["resnet"]):
+            encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
+            encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
+            nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+            encoder.maxpool = nn.Identity()
+        else:
+            encoder = _create_for_size(name, input_size)
+        with torch.no_grad():
+            features = encoder.eval()(torch.zeros(2, 3, input_size, input_size))
+    except Exception as error:  # whatever one of timm's thousand models says to such an image, it does not fit
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--model: '{name}' does not take images of --input_size {input_size}: {reason}") from error
+    if features.ndim != 2:
+        raise UserError(f"--model: '{name}' gives outputs of shape {tuple(features.shape)}, expected feature vectors")
+    encoder.num_features = features.shape[1]
+    return encoder.train()
+
+
+def _create_for_size(name, input_size):
+    try:
+        return timm.create_model(name, num_classes=0, img_size=input_size)
+    except TypeError:  # a model whose image size is free, such as most convolutional ones
+        return timm.create_model(name, num_classes=0)
+
+
+class BNSNetwork(nn.Module):
+    """Encoder and projector of stage 1: Linear(num_features, hidden_dim), ReLU, Linear(hidden_dim, embed_dim)."""
+
+    def __init__(self, encoder, embed_dim=128, hidden_dim=2048):
+        super().__init__()
+        self.enc = encoder
+        self.projector = nn.Sequential(
+            nn.Linear(encoder.num_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embed_dim))
+
+    def forward(self, *views):
+        """Each view (N, 3, H, W) passes the encoder on its own, hence with its own batch statistics -> (N, embed_dim)."""
+        return tuple(self.projector(self.enc(view)) for view in views)
+
+
+class Float32Linear(nn.Linear):
+    """Linear layer that computes in float32 under autocast too.
+
+    bfloat16 logits would leave IP-DPP no digits to tell confident predictions apart.
+    """
+
+    def forward(self, features):
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
+
+
+class Classifier(nn.Module):
+    """Encoder and linear layer of the later stages, (N, 3, H, W) -> logits (N, num_classes) in float32.
+
+    A frozen encoder gets no gradients and stays in eval mode, so that its batch-norm statistics do not drift.
+    """
+
+    def __init__(self, encoder, num_classes, frozen=False):
+        super().__init__()
+        self.enc = encoder.requires_grad_(not frozen)
+        self.lin = Float32Linear(encoder.num_features, num_classes)
+        self.frozen = frozen
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.enc.eval()
+        return self
+
+    def forward(self, images):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.enc(images)
+        return self.lin(features)

@@ -1,0 +1,125 @@
+"""Checkpoints: written so that no moment of a crash can harm them, read so that none can run code."""
+import argparse
+import os
+import re
+from pathlib import Path
+
+import torch
+from timm.models import clean_state_dict
+
+from util.errors import UserError
+
+LATEST = "checkpoint-latest.pth"
+
+
+def write_atomically(path, write):
+    """Have `write(file)` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+
+    Raises:
+        OSError: the file could not be written; what was at `path` before is still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def save_checkpoint(state, path):
+    """Write the dict `state` (tensors and plain values only) to `path`. Raises OSError as `write_atomically`."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path, flag="--resume"):
+    """Read a checkpoint of this project or of the paper's authors on the CPU, in the names of this project.
+
+    Returns:
+        dict with at least `model` (names of `models`, timm's inside `enc.`) and `args` (dict, may be empty).
+
+    Raises:
+        UserError: the file is absent, unreadable, no checkpoint, or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        others = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
+        beside = f"; that folder holds {', '.join(others[:5])}" if others else ""
+        raise UserError(f"{flag}: found no file {path}, expected a checkpoint{beside}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types for damaged or foreign files
+        reason = "it is empty" if path.stat().st_size == 0 else _first_sentence(error)
+        raise UserError(f"{flag}: {path} is no checkpoint that can be loaded safely: {reason}") from error
+    model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
+        raise UserError(f"{flag}: {path} holds no entry 'model' with weights, expected one of this project's "
+                        "or the authors' checkpoints")
+    args = checkpoint.get("args") or {}
+    model = {re.sub(r"^(enc\.layer\d+\.\d+\.)shortcut\.", r"\1downsample.", name): value
+             for name, value in clean_state_dict(model).items()}
+    return {**checkpoint, "model": model, "args": args if isinstance(args, dict) else vars(args)}
+
+
+def _first_sentence(error):
+    if "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
+        return "it holds Python objects beyond tensors and plain values, none of which was executed"
+    return "it is truncated or was not written by PyTorch"
+
+
+def stage_of(checkpoint):
+    """Which stage wrote a loaded checkpoint: "pretrain_bns", "lineprob_bns", "finetune_ipdpp", or None if unclear.
+
+    Published checkpoints do not say. A projector marks stage 1, and probing optimises the linear layer alone.
+    """
+    if "stage" in checkpoint["args"]:
+        return checkpoint["args"]["stage"]
+    if any(name.startswith("projector.") for name in checkpoint["model"]):
+        return "pretrain_bns"
+    if "lin.weight" not in checkpoint["model"]:
+        return None
+    groups = (checkpoint.get("optimizer") or {}).get("param_groups", [])
+    return "lineprob_bns" if sum(len(group["params"]) for group in groups) == 2 else "finetune_ipdpp"
+
+
+def load_weights(module, weights, source):
+    """Copy `weights` (a state dict) into `module`; `source` names the flag and file in the error.
+
+    Raises:
+        UserError: a name or shape differs, as it does for another architecture or another number of classes.
+    """
+    own = module.state_dict()
+    wrong = [f"{name} of shape {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+             for name in own if name in weights and own[name].shape != weights[name].shape]
+    wrong += [f"no {name}" for name in own if name not in weights]
+    wrong += [f"{name}, which this model lacks" for name in weights if name not in own]
+    if wrong:
+        raise UserError(f"{source} does not fit this --model and --num_classes: found {wrong[0]}"
+                        + (f" (and {len(wrong) - 1} more differences)" if len(wrong) > 1 else ""))
+    module.load_state_dict(weights)
+
+
+def numbered_checkpoints(folder):
+    """Paths `checkpoint-<epoch>.pth` in `folder`, oldest epoch first."""
+    return sorted(Path(folder).glob("checkpoint-[0-9]*.pth"), key=lambda path: int(path.stem.split("-")[1]))
+
+
+def load_newest(folder, stage):
+    """The newest loadable checkpoint of `stage` in `folder` as (path, checkpoint), or (None, None)."""
+    paths = [path for path in Path(folder).glob("*.pth") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            checkpoint = load_checkpoint(path)
+        except UserError as error:
+            print(f"passed over: {error}", flush=True)
+            continue
+        if stage_of(checkpoint) == stage:
+            return path, checkpoint
+    return None, None

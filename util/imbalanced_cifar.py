@@ -1,0 +1,103 @@
+"""CIFAR-10-LT and CIFAR-100-LT: torchvision's CIFAR with a training set cut to an exponential class distribution."""
+
+import http.client
+import math
+import os
+import socket
+
+import numpy as np
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity, download_url
+
+from util.errors import UserError
+
+
+def long_tailed_counts(num_classes, n_max, imbalanced_factor):
+    """Training images per class, falling exponentially from `n_max` to n_max / imbalanced_factor.
+
+    The profile is that of Cui et al. (arXiv 1901.05555), which Lin and Yuan (arXiv 2510.08836) train on.
+    Returns an int64 array (num_classes,), all >= 1; num_classes is 2 or more. Raises UserError for a factor that is
+    below 1, not finite, or leaves a class without images.
+    """
+    if not (math.isfinite(imbalanced_factor) and 1 <= imbalanced_factor <= n_max):
+        raise UserError(f"--imbalanced_factor {imbalanced_factor:g}: expected a number from 1 (balanced) to {n_max}, "
+                        f"the images of the largest class")
+    return np.array([int(n_max * (1 / imbalanced_factor) ** (c / (num_classes - 1))) for c in range(num_classes)])
+
+
+def long_tailed_indices(targets, counts):
+    """Indices of the images kept: class by class, each in the shuffled order of one RandomState(0), cut to its count.
+
+    targets: (N,) integer labels. counts: (C,) images to keep per class. Returns an int64 array (counts.sum(),).
+    """
+    targets = np.asarray(targets)
+    rng = np.random.RandomState(0)  # legacy generator and seed are part of the benchmark: they decide which images
+    kept = []
+    for label, count in enumerate(counts):
+        candidates = np.flatnonzero(targets == label)
+        rng.shuffle(candidates)
+        kept.append(candidates[:count])
+    return np.concatenate(kept)
+
+
+class LongTailedMixin:
+    """Cuts a torchvision CIFAR class to its long-tailed training set; the test set stays whole and balanced.
+
+    Attributes: `data` uint8 (N, 32, 32, 3), `targets` list of N ints, `class_counts` int64 (num_classes,),
+    `shot_thresholds` (many above, few below) in training images per class.
+    Raises UserError for a bad factor and for files that are absent, unreadable or not the originals. No file is
+    unpickled before its MD5 has been checked, and no download replaces a file that was there.
+    """
+
+    def __init__(self, root, imbalanced_factor=100.0, train=True, transform=None, target_transform=None,
+                 download=False):
+        counts = long_tailed_counts(self.num_classes, self.n_max, imbalanced_factor)
+        try:
+            super().__init__(root, train, transform, target_transform, download)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise self._user_error(f"no usable {self.base_folder} ({error})") from error
+        kept = long_tailed_indices(self.targets, counts) if train else np.arange(len(self.data))
+        self.data = np.ascontiguousarray(self.data[kept])  # torchvision's is a transposed view
+        self.targets = [self.targets[i] for i in kept]
+        self.class_counts = np.bincount(self.targets, minlength=self.num_classes)
+
+    def _check_integrity(self):
+        """Whether all files are there, as torchvision asks it, but a file that is there and wrong is named."""
+        files = [*self.train_list, *self.test_list, (self.meta["filename"], self.meta["md5"])]
+        return all([self._is_there(os.path.join(self.base_folder, name), md5) for name, md5 in files])
+
+    def download(self):
+        if self._check_integrity():
+            return
+        if not self._is_there(self.filename, self.tgz_md5):
+            partial = self.filename + ".part"  # a download cut short must not pass for the archive in the next run
+            timeout = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(30)  # seconds without an answer; urllib would wait for minutes or for ever
+            try:
+                download_url(self.url, self.root, partial, self.tgz_md5)
+            finally:
+                socket.setdefaulttimeout(timeout)
+            os.replace(os.path.join(self.root, partial), os.path.join(self.root, self.filename))
+        super().download()
+
+    def _is_there(self, name, md5):
+        path = os.path.join(self.root, name)
+        if os.path.exists(path) and not check_integrity(path, md5):
+            raise self._user_error(f"{path} is not the original file (its MD5 is not {md5}); replace or remove it")
+        return os.path.exists(path)
+
+    def _user_error(self, found):
+        return UserError(f"--data_root {self.root}: {found}; expected {self.filename} or its unpacked folder "
+                         f"{self.base_folder} in {self.root}; --toy_data needs no files")
+
+
+class ImbalanceCIFAR10(LongTailedMixin, CIFAR10):
+    """Long-tailed CIFAR-10. See LongTailedMixin."""
+
+    dataset_name, num_classes, n_max, shot_thresholds = "cifar10", 10, 5000, (500, 200)
+
+
+class ImbalanceCIFAR100(LongTailedMixin, CIFAR100):
+    """Long-tailed CIFAR-100. See LongTailedMixin."""
+
+    dataset_name, num_classes, n_max, shot_thresholds = "cifar100", 100, 500, (100, 20)

@@ -1,0 +1,214 @@
+"""Information-Preservable DPP: exact fixed-size DPP (k-DPP) sampling of one class's images, in O(N sqrt(k)) time.
+
+For N images whose true labels the classifier gives the probabilities p_i, stage 2 draws Y with |Y| = k and probability
+proportional to det(S_Y), where (Lin and Yuan, arXiv 2510.08836, equation 16, is the kernel with c = 1)
+
+    S_ij = p_i p_j / (c N) for i != j,    S_ii = 1 - sum over j != i of S_ij,    c = 1 ("paper") or N ("published").
+
+**Determinants.** S is diagonal plus rank one, with the diagonal part 1 - p_i mean(p) / c. With e_i = 1 - p_i taken as
+-expm1(log p_i), and with s = c - 1 + max(e) and the unit-scale quantities
+
+    d_i = (c - 1 + e_i + mean(e) p_i) / s,    w_i = p_i^2 / (N d_i),
+
+which lose no digits when every p_i rounds to 1, the matrix determinant lemma gives
+
+    det(S_Y) = s^(k-1) c^(-k)  prod over Y of d_i  (s + sum over Y of w_i).
+
+Where all p_i = 1, the paper's kernel has s = 0; the law is then the limit of equal e_i -> 0: constant d, w, uniform Y.
+
+**Sampling.** Take the sum apart: give Y a mark m, which is one of its items (weight w_m) or none (weight s). For any
+t > 0 let q_i = t d_i / (1 + t d_i). Draw the mark, item i with weight w_i q_i and none with weight s, put the marked
+item into Y, and put every other item i into Y independently with probability q_i. The pair (Y, m) comes up with
+probability proportional to t^|Y| w_m prod over Y of d_i (w_m = s for no mark), so that the first Y of size k is an
+exact draw of the k-DPP: Hajek's rejective Poisson sampling (1964) with a mark. t affects the speed only. Where
+sum q = k, a try succeeds with a probability of about 1 / sqrt(2 pi var), var = sum q (1 - q) < k, so that a draw takes
+O(N sqrt(k)) expected time. Memory is O(N).
+
+**Sums over all Y.** With the same q let r_i(z) = q_i z / (1 - q_i + q_i z), phi(z) = prod of (1 - q_i + q_i z),
+R(z) = sum of w_i r_i(z), and [z^k] the coefficient of z^k. Then
+
+    sum over |Y| = k of det(S_Y) = s^(k-1) c^(-k) t^(-k) prod (1 + t d_i)  [z^k] phi (s + R),
+    P(i in Y) = [z^k] phi r_i (s + R + w_i (1 - r_i))  /  [z^k] phi (s + R).
+
+The coefficients are those of laws of sums of independent indicators, so nothing overflows, and t has put their mean at
+k: the unit circle runs through the saddle point, and the trapezoidal rule needs at most 54 points whatever N is.
+"""
+
+import numpy as np
+
+KERNELS = ("paper", "published")
+SAMPLERS = ("exact", "mcmc", "uniform")
+
+
+def _check(log_p, k, kernel):
+    """log_p as a float64 array, once all three arguments are known to be sound."""
+    log_p = np.asarray(log_p, dtype=np.float64)
+    if log_p.ndim != 1 or not log_p.size:
+        raise ValueError(f"log_p must have shape (N,) with N > 0, got {log_p.shape}")
+    if not np.all(log_p <= 0):
+        raise ValueError("log_p must hold log probabilities, at most 0 and not NaN")
+    if not isinstance(k, (int, np.integer)) or not 0 <= k <= len(log_p):
+        raise ValueError(f"k must be an integer from 0 to N = {len(log_p)}, got {k!r}")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
+    return log_p
+
+
+def _diagonal_plus_rank_one(log_p, kernel):
+    """(d, w, s, c) of the module's docstring; d and w have shape (N,)."""
+    p, e = np.exp(log_p), -np.expm1(log_p)
+    c = 1 if kernel == "paper" else len(p)
+    s = c - 1 + e.max()
+    d = (c - 1 + e) / s + np.mean(e / s) * p if s > 0 else np.ones_like(p)
+    return d, p**2 / (len(p) * d), s, c
+
+
+def _tilt(d, k):
+    """t > 0 such that the q_i = t d_i / (1 + t d_i) sum to k within 0.1; needs 0 < k < N.
+
+    Starts at a lower bound (Jensen). A step is exact where all d_i are equal, and else falls short, so t only rises.
+    """
+    n, t = len(d), k / ((len(d) - k) * d.mean())
+    while True:
+        expected_size = np.sum(t * d / (1 + t * d))
+        if abs(expected_size - k) < 0.1:
+            return t
+        t *= k * (n - expected_size) / ((n - k) * expected_size)
+
+
+def sample_k_dpp(log_p, k, rng, kernel="paper"):
+    """One exact draw of the k-DPP with kernel S, in O(N sqrt(k)) expected time.
+
+    Args:
+        log_p: (N,) log probability of the true label, from a float64 log-softmax; at most 0, -inf allowed.
+        k: size of the draw, 0 <= k <= N.
+        rng: numpy.random.Generator.
+        kernel: "paper" (division by N) or "published" (division by N^2, as in the authors' code).
+
+    Returns:
+        (k,) int64 indices, ascending.
+
+    Raises:
+        ValueError: naming the argument that is out of its range.
+    """
+    log_p = _check(log_p, k, kernel)
+    n = len(log_p)
+    if k in (0, n):
+        return np.arange(k, dtype=np.int64)
+    d, w, s, _ = _diagonal_plus_rank_one(log_p, kernel)
+    t = _tilt(d, k)
+    q = t * d / (1 + t * d)
+    mark_weights = np.cumsum(np.append(w * q, s))
+    # A try succeeds with probability > 0.39 / (1 + sd) for any log_p, so this many fail with probability < 1e-30.
+    for _ in range(int(200 * (1 + np.sqrt(np.sum(q * (1 - q)))))):
+        mark = np.searchsorted(mark_weights, rng.random() * mark_weights[-1], side="right")
+        drawn = rng.random(n) < q
+        drawn[mark:mark + 1] = True  # an empty slice where no item is marked
+        if np.count_nonzero(drawn) == k:
+            return np.flatnonzero(drawn).astype(np.int64)
+    raise RuntimeError("no draw of the requested size: rng does not deliver uniform numbers")
+
+
+def _sum_over_subsets(log_p, k, kernel):
+    """(log of the sum over |Y| = k of det(S_Y), P(i in Y) as (N,)), by the last two formulas of the module's docstring.
+
+    An even number of points could hit the pole of r_i at q_i = 1/2. Their number puts the aliases k +- points, and the
+    last angle the part of the circle left out, below 1e-19 (Bernstein's inequality; |phi| <= exp(-var (1 - cos))).
+    """
+    log_p = _check(log_p, k, kernel)
+    n = len(log_p)
+    if k == 0:
+        return 0.0, np.zeros(n)
+    d, w, s, c = _diagonal_plus_rank_one(log_p, kernel)
+    with np.errstate(divide="ignore"):
+        log_scale = ((k - 1) * np.log(s) if k > 1 else 0.0) - k * np.log(c)
+    if k == n:
+        return log_scale + np.sum(np.log(d)) + np.log(s + w.sum()), np.ones(n)
+    t = _tilt(d, k)
+    q, not_q = t * d / (1 + t * d), 1 / (1 + t * d)
+    var = np.sum(q * not_q)
+    points = int(min(n, 10 * np.sqrt(var) + 60)) // 2 * 2 + 1
+    angles = 2 * np.pi / points * np.arange(points // 2 + 1)
+    total, with_item = 0.0, np.zeros(n)
+    for angle in angles[var * (1 - np.cos(angles)) <= 45]:
+        factors = 1 + q * np.expm1(1j * angle)
+        r = q * np.exp(1j * angle) / factors
+        marked = s + w @ r
+        # Angles other than 0 stand for their conjugates too.
+        phi_over_zk = (1 if angle == 0 else 2) / points * np.prod(factors) * np.exp(-1j * k * angle)
+        total += (phi_over_zk * marked).real
+        with_item += (phi_over_zk * r * (marked + w * not_q / factors)).real
+    log_coefficient = np.sum(np.log1p(t * d)) - k * np.log(t) + np.log(total)
+    return log_scale + log_coefficient, np.clip(with_item / total, 0, 1)
+
+
+def inclusion_probabilities(log_p, k, kernel="paper"):
+    """Exact P(i in Y) of the k-DPP: (N,) float64 in [0, 1], summing to k. Arguments and errors: `sample_k_dpp`."""
+    return _sum_over_subsets(log_p, k, kernel)[1]
+
+
+def log_normalizer(log_p, k, kernel="paper"):
+    """log of the sum over |Y| = k of det(S_Y), a float; -inf where all p are 1 and k > 1 in the paper's kernel.
+
+    Arguments and errors: `sample_k_dpp`.
+    """
+    return float(_sum_over_subsets(log_p, k, kernel)[0])
+
+
+def likelihood_kernel(log_p, kernel="paper"):
+    """The matrix S itself, (N, N) float64: symmetric, positive semidefinite, rows summing to 1. For small N."""
+    log_p = _check(log_p, 0, kernel)
+    d, _, s, c = _diagonal_plus_rank_one(log_p, kernel)
+    p = np.exp(log_p)
+    return np.outer(p, p) / (c * len(p)) + np.diag(d * s / c)
+
+
+def _exchange_chain(log_p, k, rng, kernel, steps):
+    """Last state of DPPy's exchange chain after `steps` steps from a uniform draw."""
+    start = rng.choice(len(log_p), size=k, replace=False)
+    if k in (0, len(log_p)) or not np.any(log_p):  # no exchange to make, or every exchange as good as any other
+        return start
+    from dppy.finite_dpps import FiniteDPP
+
+    likelihood = likelihood_kernel(log_p, kernel)
+    # Scaling the kernel does not change a k-DPP, and keeps the determinants that DPPy divides within float64's range.
+    likelihood *= np.exp(-np.linalg.slogdet(likelihood[np.ix_(start, start)]).logabsdet / k)
+    with np.errstate(invalid="raise", divide="raise"):
+        return FiniteDPP("likelihood", L=likelihood).sample_mcmc_k_dpp(
+            size=k, s_init=start, nb_iter=steps + 1, random_state=np.random.RandomState(rng.integers(2**32)))
+
+
+def draw(log_p, k, rng, sampler="exact", kernel="paper", mcmc_steps=1000):
+    """Indices of the k images of a class that are trained on, by one of three samplers.
+
+    Args:
+        sampler: "exact" (`sample_k_dpp`), "mcmc" (the last state of DPPy's exchange chain, which starts from a uniform
+            draw; it builds the N x N kernel) or "uniform" (plain random undersampling; log_p gives N).
+        mcmc_steps: steps of the chain, at least 1; half of them propose nothing, so mixing takes about 2 k log k.
+        The others as in `sample_k_dpp`.
+
+    Returns:
+        (k,) int64 indices, distinct and ascending.
+
+    Raises:
+        ValueError: naming the argument that is out of its range.
+        FloatingPointError: if the chain's determinants leave float64's range (k of several thousand).
+    """
+    log_p = _check(log_p, k, kernel)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
+    if mcmc_steps < 1:
+        raise ValueError(f"mcmc_steps must be at least 1, got {mcmc_steps}")
+    if sampler == "exact":
+        return sample_k_dpp(log_p, k, rng, kernel)
+    if sampler == "mcmc":
+        return np.sort(np.asarray(_exchange_chain(log_p, k, rng, kernel, mcmc_steps), dtype=np.int64))
+    return np.sort(rng.choice(len(log_p), size=k, replace=False).astype(np.int64))
+
+
+def class_stream(seed, redraw, class_index):
+    """The numpy.random.Generator of one class at one redraw: any draw can be repeated without those before it.
+
+    All three are integers >= 0, or numpy raises ValueError. Streams of different triples are independent.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(redraw, class_index)))

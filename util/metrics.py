@@ -1,0 +1,55 @@
+"""Test accuracy: overall, per class, and over many-, medium- and few-shot classes."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.utils import accuracy
+
+
+def shot_groups(class_counts, shot_thresholds):
+    """Splits the classes by training images: boolean arrays (C,) of the many-, medium- and few-shot classes.
+
+    class_counts: (C,) training images per class. shot_thresholds: (many above, few below), both exclusive.
+    """
+    class_counts = np.asarray(class_counts)
+    many_above, few_below = shot_thresholds
+    many, few = class_counts > many_above, class_counts < few_below
+    return many, ~(many | few), few
+
+
+def confusion_matrix(logits, targets):
+    """Test images by true class (row) and predicted class (column): int64 (C, C) on the CPU.
+
+    logits: float (N, C). targets: int64 (N,), in [0, C).
+    """
+    num_classes = logits.shape[1]
+    cells = targets * num_classes + logits.argmax(dim=1)
+    return torch.bincount(cells.cpu(), minlength=num_classes ** 2).reshape(num_classes, num_classes)
+
+
+def classification_metrics(logits, targets, class_counts, shot_thresholds):
+    """All figures of one evaluation, as Python floats.
+
+    logits: float (N, C), N > 0. targets: int64 (N,), in [0, C). class_counts, shot_thresholds: as in `shot_groups`.
+    Returns a dict: `acc1`, `acc5` in percent; `loss`, the mean cross-entropy in nats; `many`, `medium`, `few`, the
+    fraction of the group's test images that are right, None where there are none; `per_class`, a list of the same.
+    Raises ValueError where the shapes disagree.
+    """
+    if not (logits.ndim == 2 and 0 < len(logits) == len(targets) and logits.shape[1] == len(class_counts)):
+        raise ValueError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)} and class_counts "
+                         f"({len(class_counts)},): expected (N, C), (N,) and (C,) with N > 0")
+    confusion = confusion_matrix(logits, targets).numpy()
+    correct, total = confusion.diagonal(), confusion.sum(axis=1)
+
+    def fraction(classes):
+        return float(correct[classes].sum() / total[classes].sum()) if total[classes].sum() else None
+
+    many, medium, few = shot_groups(class_counts, shot_thresholds)
+    return {
+        # counted here and not by timm, so that ties between logits cannot make it disagree with the groups
+        "acc1": 100 * fraction(slice(None)),
+        "acc5": accuracy(logits, targets, topk=(5,))[0].item(),
+        "loss": F.cross_entropy(logits.double(), targets).item(),
+        "many": fraction(many), "medium": fraction(medium), "few": fraction(few),
+        "per_class": [fraction(c) for c in range(len(class_counts))],
+    }

@@ -1,0 +1,71 @@
+"""One process or many (torchrun, SLURM): who this one is, and the few exchanges that the stages need."""
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
+
+from util.errors import UserError
+
+
+class Processes:
+    """The processes of a run: `rank` of this one, their number `world_size`, and this one's `device`.
+
+    Args:
+        device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UserError: a CUDA device is asked for that this machine does not have.
+    """
+
+    def __init__(self, device="auto"):
+        kind, _, index = device.partition(":")
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+            raise UserError(f"--device: found '{device}', expected auto, cpu, cuda or cuda:N")
+        if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device: found '{device}', but PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+        started = init_distributed_device_so(f"{kind}:{index}" if index else kind)
+        self.device = torch.device(started["device"])
+        self.rank, self.world_size = started["global_rank"], started["world_size"]
+        # Small exchanges between the hosts go around the GPUs, which they would otherwise have to wait for.
+        self._hosts = dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def sum(self, tensor):
+        """Add `tensor` up over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """Whether `flag` (bool) holds in any process; every process gets the same answer."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._hosts)
+        return bool(flags)
+
+    def from_first(self, make):
+        """Call `make()` in the first process only and give its result to all. An exception there reaches all too."""
+        if self.world_size == 1:
+            return make()
+        result = [None]
+        if self.first:
+            try:
+                result = [(make(), None)]
+            except UserError as error:
+                result = [(None, error)]
+        dist.broadcast_object_list(result, group=self._hosts)
+        value, error = result[0]
+        if error:
+            raise error
+        return value
+
+    def end(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
