@@ -1,7 +1,6 @@
 """CIFAR-10-LT and CIFAR-100-LT: torchvision's CIFAR with a training set cut to an exponential class distribution."""
 
 import http.client
-import math
 import os
 import socket
 
@@ -19,7 +18,7 @@ def long_tailed_counts(num_classes, n_max, imbalanced_factor):
     Returns an int64 array (num_classes,), all >= 1; num_classes is 2 or more. Raises UserError for a factor that is
     below 1, not finite, or leaves a class without images.
     """
-    if not (math.isfinite(imbalanced_factor) and 1 <= imbalanced_factor <= n_max):
+    if not 1 <= imbalanced_factor <= n_max:
         raise UserError(f"--imbalanced_factor {imbalanced_factor:g}: expected a number from 1 (balanced) to {n_max}, "
                         f"the images of the largest class")
     return np.array([int(n_max * (1 / imbalanced_factor) ** (c / (num_classes - 1))) for c in range(num_classes)])

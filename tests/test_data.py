@@ -1,0 +1,345 @@
+import functools
+import hashlib
+import http.server
+import os
+import pickle
+import socket
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from util.errors import UserError
+from util.imbalanced_cifar import ImbalanceCIFAR10, ImbalanceCIFAR100, long_tailed_counts, long_tailed_indices
+from util.metrics import classification_metrics, shot_groups
+from util.toy_data import ToyCIFAR
+
+BOTH = pytest.mark.parametrize("long_tailed, balanced", [(ImbalanceCIFAR10, CIFAR10), (ImbalanceCIFAR100, CIFAR100)])
+TOTALS = {("cifar10", 100): 12406, ("cifar10", 10): 20431, ("cifar100", 100): 10847, ("cifar100", 10): 19573}
+
+
+def kept_by_the_rule(labels, num_classes, factor):
+    """The subset rule written again, with the global legacy generator and plain lists: {class: indices}."""
+    state = np.random.get_state()
+    np.random.seed(0)
+    kept = {}
+    for c in range(num_classes):
+        indices = [i for i, label in enumerate(labels) if label == c]
+        np.random.shuffle(indices)
+        kept[c] = indices[:int(len(labels) / num_classes * factor ** (-c / (num_classes - 1)) + 1e-9)]
+    np.random.set_state(state)
+    return kept
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(params=[ImbalanceCIFAR10, ImbalanceCIFAR100])
+def fake(request, tmp_path, monkeypatch):
+    """A small CIFAR of random images in the original file format, as (class, root), in root/<base_folder>."""
+    dataset, root, rng = request.param, tmp_path / "data", np.random.default_rng(0)
+    folder = root / dataset.base_folder
+    folder.mkdir(parents=True)
+    key = "labels" if dataset.num_classes == 10 else "fine_labels"
+    per_file = {"train": 12 * dataset.num_classes // len(dataset.train_list), "test": 2 * dataset.num_classes}
+    labels = {"train": rng.permutation(np.arange(12 * dataset.num_classes) % dataset.num_classes).tolist(),
+              "test": (np.arange(2 * dataset.num_classes) % dataset.num_classes).tolist()}
+    for split in ("train", "test"):
+        files = []
+        for i, (name, _) in enumerate(getattr(dataset, f"{split}_list")):
+            pixels = rng.integers(0, 256, (per_file[split], 3072), dtype=np.uint8)
+            part = labels[split][i * per_file[split]:(i + 1) * per_file[split]]
+            (folder / name).write_bytes(pickle.dumps({"data": pixels, key: part}))
+            files.append([name, md5(folder / name)])
+        monkeypatch.setattr(dataset, f"{split}_list", files)
+    meta = folder / dataset.meta["filename"]
+    meta.write_bytes(pickle.dumps({dataset.meta["key"]: [str(c) for c in range(dataset.num_classes)]}))
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": md5(meta)})
+    monkeypatch.setattr(dataset, "n_max", 12)
+    monkeypatch.setattr(dataset, "url", f"http://127.0.0.1:9/{dataset.filename}")  # nobody listens there
+    return dataset, root
+
+
+@pytest.fixture
+def archive(fake, monkeypatch):
+    """The fake set's archive in another folder, and a local server that the data set downloads it from."""
+    dataset, root = fake
+    folder = root.parent / "served"
+    folder.mkdir()
+    path = folder / dataset.filename
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(root / dataset.base_folder, dataset.base_folder)
+    monkeypatch.setattr(dataset, "tgz_md5", md5(path))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(dataset, "url", f"http://127.0.0.1:{server.server_port}/{dataset.filename}")
+    yield path
+    server.shutdown()
+    server.server_close()
+
+
+def refusal(dataset, root, **arguments):
+    """The one line with which the data set is refused; checks what every such line must say."""
+    with pytest.raises(UserError) as error:
+        dataset(root, 4, **arguments)
+    line = str(error.value)
+    for part in ("--data_root", str(root), dataset.filename, dataset.base_folder, "--toy_data"):
+        assert part in line
+    assert "\n" not in line
+    return line
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# The subset rule.
+
+@pytest.mark.parametrize("name, factor", TOTALS)
+def test_counts(name, factor):
+    num_classes, n_max = {"cifar10": (10, 5000), "cifar100": (100, 500)}[name]
+    counts = long_tailed_counts(num_classes, n_max, factor)
+    assert counts.dtype == np.int64 and counts.sum() == TOTALS[name, factor]
+    assert counts[0] == n_max and counts[-1] == n_max // factor and (np.diff(counts) <= 0).all()
+
+
+def test_factor_one_keeps_everything():
+    assert (long_tailed_counts(10, 5000, 1) == 5000).all()
+
+
+@pytest.mark.parametrize("factor", [0.5, 0, -100, float("nan"), float("inf"), 5001])
+def test_bad_factor_is_refused_before_any_file_is_sought(factor, tmp_path):
+    with pytest.raises(UserError, match="--imbalanced_factor"):
+        ImbalanceCIFAR10(tmp_path / "absent", factor)
+    with pytest.raises(UserError, match="--imbalanced_factor"):
+        ToyCIFAR(10, factor)
+
+
+def test_indices_follow_the_rule_and_leave_the_global_generator_alone():
+    labels = np.random.default_rng(1).permutation(np.arange(3000) % 10)
+    before = np.random.get_state()[1].tolist()
+    indices = long_tailed_indices(labels, long_tailed_counts(10, 300, 50))
+    assert np.random.get_state()[1].tolist() == before
+    assert indices.tolist() == sum(kept_by_the_rule(labels, 10, 50).values(), [])
+
+
+def test_fake_cifar_is_cut_by_the_rule(fake):
+    dataset, root = fake
+    files = [pickle.loads((root / dataset.base_folder / name).read_bytes()) for name, _ in dataset.train_list]
+    labels = sum((file.get("labels") or file.get("fine_labels") for file in files), [])
+    pixels = np.concatenate([file["data"] for file in files]).reshape(-1, 3, 32, 32)
+    train = dataset(root, 4)
+    kept = sum(kept_by_the_rule(labels, dataset.num_classes, 4).values(), [])
+    assert len(set(kept)) == len(kept) == len(train) < len(labels)
+    assert train.targets == [labels[i] for i in kept] and all(type(target) is int for target in train.targets)
+    assert np.array_equal(train.data.transpose(0, 3, 1, 2), pixels[kept]) and train.data.flags.c_contiguous
+    assert train.class_counts.dtype == np.int64
+    assert train.class_counts.tolist() == [train.targets.count(c) for c in range(dataset.num_classes)]
+
+
+def test_fake_cifar_items_and_test_set(fake):
+    dataset, root = fake
+    train = dataset(root, 4, transform=np.asarray, target_transform=lambda target: -target)
+    image, target = train[3]
+    assert np.array_equal(image, train.data[3]) and target == -train.targets[3]
+    test = dataset(root, 4, train=False)
+    assert test.data.shape == (2 * dataset.num_classes, 32, 32, 3) and (test.class_counts == 2).all()
+    assert test.targets == [i % dataset.num_classes for i in range(len(test))]
+
+
+@BOTH
+@pytest.mark.parametrize("factor", [100, 10])
+def test_real_cifar(cifar_root, long_tailed, balanced, factor):
+    original, train = balanced(cifar_root), long_tailed(cifar_root, factor)
+    assert len(train) == TOTALS[train.dataset_name, factor]
+    kept = kept_by_the_rule(original.targets, train.num_classes, factor)
+    indices = long_tailed_indices(original.targets, train.class_counts)
+    assert len(set(indices.tolist())) == len(indices)
+    start = 0
+    for c, expected in kept.items():
+        found = indices[start:start + train.class_counts[c]].tolist()
+        assert found[:10] == expected[:10] and found[-10:] == expected[-10:] and len(found) == len(expected)
+        start += len(found)
+    assert np.array_equal(train.data, original.data[sum(kept.values(), [])])
+    assert train.targets == [c for c in kept for _ in kept[c]]
+
+
+@BOTH
+def test_real_cifar_test_set(cifar_root, long_tailed, balanced):
+    original, test = balanced(cifar_root, train=False), long_tailed(cifar_root, train=False)
+    assert np.array_equal(test.data, original.data) and test.targets == original.targets
+    assert (test.class_counts == 10000 // test.num_classes).all() and test.classes == original.classes
+
+
+def test_shot_groups():
+    assert (ImbalanceCIFAR10.shot_thresholds, ImbalanceCIFAR100.shot_thresholds) == ((500, 200), (100, 20))
+    toy = ToyCIFAR(10)
+    for dataset, counts in [(ImbalanceCIFAR10, long_tailed_counts(10, 5000, 100)), (toy, toy.class_counts)]:
+        groups = [np.flatnonzero(group).tolist() for group in shot_groups(counts, dataset.shot_thresholds)]
+        assert groups == [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]]
+
+
+# Files that are absent, damaged or foreign.
+
+def test_absent_without_download(fake, tmp_path):
+    refusal(fake[0], tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_absent_without_network(fake, tmp_path):
+    timeout = socket.getdefaulttimeout()
+    refusal(fake[0], tmp_path / "elsewhere", download=True)
+    assert socket.getdefaulttimeout() == timeout
+    assert contents(tmp_path / "elsewhere") == {}
+
+
+def test_root_that_is_a_file(fake, tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("mine")
+    refusal(fake[0], blocked, download=True)
+    assert blocked.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write and read everywhere")
+def test_root_without_permission(fake, tmp_path):
+    tmp_path.chmod(0o500)
+    refusal(fake[0], tmp_path / "elsewhere", download=True)
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+@pytest.mark.parametrize("which", ["train", "test", "meta"])
+def test_wrong_file_is_named_and_neither_run_nor_replaced(fake, archive, tmp_path, which, damage, download):
+    dataset, root = fake
+    name = dataset.meta["filename"] if which == "meta" else getattr(dataset, f"{which}_list")[-1][0]
+    path = root / dataset.base_folder / name
+    path.write_bytes({"truncated": path.read_bytes()[:-20], "foreign": pickle.dumps(Payload(tmp_path / "ran")),
+                      "empty": b""}[damage])
+    before = contents(root)
+    assert str(path) in refusal(dataset, root, download=download)
+    assert contents(root) == before and not (tmp_path / "ran").exists()
+
+
+def test_payload_would_run_if_it_were_unpickled(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "ran"))).close()
+    assert (tmp_path / "ran").exists()
+
+
+def test_wrong_archive_is_named_and_not_replaced(fake, archive, tmp_path):
+    dataset, root = fake[0], tmp_path / "elsewhere"
+    root.mkdir()
+    (root / dataset.filename).write_bytes(archive.read_bytes()[:-20])
+    before = contents(root)
+    assert str(root / dataset.filename) in refusal(dataset, root, download=True)
+    assert contents(root) == before
+
+
+def test_download_and_archive(fake, archive, tmp_path):
+    dataset, root = fake
+    expected = dataset(root, 4)
+    downloaded = dataset(tmp_path / "elsewhere", 4, download=True)
+    assert np.array_equal(downloaded.data, expected.data) and downloaded.targets == expected.targets
+    archive.rename(tmp_path / archive.name)  # the archive put into place by hand, with nothing to download from
+    assert np.array_equal(dataset(tmp_path, 4, download=True).data, expected.data)
+
+
+def test_download_cut_short_is_tried_again(fake, archive, tmp_path):
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-20])
+    refusal(fake[0], tmp_path / "elsewhere", download=True)
+    archive.write_bytes(whole)
+    assert len(fake[0](tmp_path / "elsewhere", 4, train=False, download=True)) == 2 * fake[0].num_classes
+
+
+# Toy data.
+
+@pytest.mark.parametrize("num_classes, n_max, n_min, n_test", [(10, 500, 5, 100), (100, 100, 1, 20)])
+def test_toy_layout(num_classes, n_max, n_min, n_test):
+    train, test = ToyCIFAR(num_classes), ToyCIFAR(num_classes, train=False)
+    assert np.array_equal(train.class_counts, long_tailed_counts(num_classes, n_max, 100))
+    assert train.class_counts[-1] == n_min and (test.class_counts == n_test).all()
+    for toy in (train, test):
+        assert toy.data.shape == (len(toy), 32, 32, 3) and toy.data.dtype == np.uint8
+        assert toy.targets == np.repeat(np.arange(num_classes), toy.class_counts).tolist()
+        assert type(toy.targets[0]) is int and toy.dataset_name == f"cifar{num_classes}"
+        assert toy.class_counts.dtype == np.int64 and len(set(toy.classes)) == num_classes
+    assert not {image.tobytes() for image in train.data} & {image.tobytes() for image in test.data}
+
+
+def test_toy_is_deterministic():
+    np.random.seed(3)
+    first = ToyCIFAR(100, 10)
+    np.random.seed(4)
+    assert np.array_equal(first.data, ToyCIFAR(100, 10).data)
+
+
+def test_toy_refuses_other_class_counts():
+    with pytest.raises(ValueError, match="num_classes"):
+        ToyCIFAR(20)
+
+
+@pytest.fixture
+def single_thread():
+    """Small networks train no faster on two threads, and many times slower where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def toy_metrics(model, train, epochs, batch_size, lr):
+    """Trains a model on one toy set by plain cross-entropy and evaluates it on the balanced toy test set."""
+    test = ToyCIFAR(10, train=False)
+    (x, y), (x_test, y_test) = (
+        (torch.from_numpy(toy.data).permute(0, 3, 1, 2) / 255 - 0.5, torch.tensor(toy.targets))
+        for toy in (train, test))
+    optimizer = torch.optim.AdamW(model.parameters(), lr)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        return classification_metrics(model.eval()(x_test), y_test, ToyCIFAR(10).class_counts, train.shot_thresholds)
+
+
+def small_convnet():
+    layers, channels = [], 3
+    for width in (16, 32, 64):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+@pytest.mark.parametrize("factor", [100, 1])
+def test_toy_defeats_a_linear_model(factor, single_thread):
+    torch.manual_seed(0)
+    train = ToyCIFAR(10, factor)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    assert toy_metrics(model, train, 20, 256, 1e-3)["acc1"] < 22
+
+
+def test_toy_starves_its_few_shot_classes(single_thread):
+    torch.manual_seed(0)
+    long_tailed = toy_metrics(small_convnet(), ToyCIFAR(10), 12, 64, 4e-3)
+    assert long_tailed["many"] > 0.4 and long_tailed["few"] < long_tailed["many"] / 4
+    balanced = toy_metrics(small_convnet(), ToyCIFAR(10, 1), 3, 64, 4e-3)
+    assert min(balanced["many"], balanced["few"]) > 0.5  # so it is their number that starves them, not their images
