@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-CPU_CHUNK = 64  # images of 32 x 32 whose intermediate results stay in a core's cache
+CPU_CHUNK = 128  # images of 32 x 32 whose intermediate results stay in a core's cache
 
 
 class AugmentParameters(NamedTuple):
@@ -52,20 +52,19 @@ def sample_boxes(num_images: int, height: int, width: int, generator: Generator)
     return torch.stack((top, left, h, w), dim=1)
 
 
-def resize_weights(start: Tensor, length: Tensor, in_size: int, out_size: int, flip: Tensor | None = None) -> Tensor:
-    """(N, out_size, in_size) matrices that cut [start, start + length) from a line of pixels and resize it.
+def resize_weights(start: Tensor, length: Tensor, flip: Tensor, in_size: int, out_size: int) -> Tensor:
+    """(..., out_size, in_size) matrices that cut pixels [start, start + length) out of a line and resize them.
 
     Bilinear with antialiasing, as PIL: a triangle, as wide as an output pixel where that is wider than an input pixel,
-    over the pixels of the crop alone.
+    over the pixels of the crop alone. Start, length and flip (1 mirrors the line, 0 does not) are floats (..., 1, 1).
     """
-    scale = length / out_size
-    out_center = torch.arange(out_size, device=start.device)[:, None] + 0.5
-    if flip is not None:
-        out_center = torch.where(flip > 0, out_size - out_center, out_center)
     pixel = torch.arange(in_size, device=start.device)
-    distance = (pixel + 0.5 - start - out_center * scale).abs()
-    weights = (1 - distance / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((start <= pixel) & (pixel < start + length))
+    out_center = torch.arange(out_size, device=start.device)[:, None] + 0.5
+    out_center = torch.where(flip > 0, out_size - out_center, out_center)
+    scale = length / out_size
+    distance = (pixel + 0.5 - start - out_center * scale).abs_()
+    weights = (1 - distance / scale.clamp(min=1)).clamp_(min=0)
+    weights *= (start <= pixel) & (pixel < start + length)
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -80,11 +79,11 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = images.split(1, dim=1)
     low = images.amin(1, keepdim=True)
     chroma = images.amax(1, keepdim=True) - low
-    # The hue in sextants from red at 0, positive on green's side of the circle, negative on blue's.
-    hue = torch.copysign(1 + (green + blue - red - low) / chroma.clamp(min=1e-12), green - blue)
-    hue = (hue + 6 * shift).remainder(6)
-    share = torch.cat(((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()), dim=1)
-    return torch.addcmul(low, chroma, share.clamp_(0, 1))
+    # In sixths of the circle from red: 0 to 3 on green's side, 0 to -3 on blue's.
+    hue = torch.copysign((green + blue - red - low) / chroma.clamp(min=1e-12) + 1, green - blue)
+    opposite = torch.arange(3, device=images.device).view(3, 1, 1) / 3 - 0.5  # of red, green and blue on the circle
+    distance_from_opposite = torch.add(shift - opposite + 1.5, hue, alpha=1 / 6).frac_().sub_(0.5).abs_()
+    return torch.addcmul(low, chroma, distance_from_opposite.mul_(6).sub_(1).clamp_(0, 1))
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -140,27 +139,29 @@ class SimCLRAugment:
         return torch.cat([self._apply(chunk, AugmentParameters(*p)) for chunk, *p in chunks])
 
     def _apply(self, images: Tensor, p: AugmentParameters) -> Tensor:
-        hue_images = [(p.jitter & (p.order[:, i] == HUE)).nonzero()[:, 0] for i in range(4)]
-        index_lists = hue_images + [p.grayscale.nonzero()[:, 0]]
-        scale = p.factors.gather(1, p.order).masked_fill((p.order == HUE) | ~p.jitter[:, None], 1)
-        gray_weight = (1 - scale) * (p.order == SATURATION)
-        mean_weight = (1 - scale) * (p.order == CONTRAST)
-        columns = (p.box, p.flip, scale, gray_weight, mean_weight, p.factors[:, HUE], p.sigma)
-        packed = torch.cat([c.view(len(c), -1) for c in columns], dim=1).T.reshape(-1, len(images), 1, 1, 1)
+        height, width = images.shape[2:]
+        is_hue = p.order == HUE
+        parts = p.order[~is_hue].view(-1, 3)  # each blends the image with black, its mean grey or its grey
+        scale = p.factors.gather(1, parts).masked_fill(~p.jitter[:, None], 1)
+        gray_weight, mean_weight = (1 - scale) * (parts == SATURATION), (1 - scale) * (parts == CONTRAST)
+        flips = torch.stack((torch.zeros_like(p.flip), p.flip), dim=1)
+        fields = (p.box, flips, p.factors[:, HUE:], p.sigma[:, None], scale, gray_weight, mean_weight)
+        packed = torch.cat(fields, dim=1)[..., None, None]
+        index_lists = [i.nonzero()[:, 0] for i in (*(is_hue & p.jitter[:, None]).T, p.grayscale)]
         indices = torch.cat(index_lists)
         if images.is_cuda:  # two transfers in all, for which nothing waits
             packed, indices = (t.pin_memory().to(images.device, non_blocking=True) for t in (packed, indices))
-        top, left, height, width, flip, *blends, hue, sigma = packed
         *hue_images, gray_images = indices.split([len(i) for i in index_lists])
+        starts, lengths, flips, hue_shift, sigma, *blends = packed.split([2] * 3 + [1] * 11, dim=1)
 
-        columns = resize_weights(left, width, images.shape[3], self.size, flip)
-        rows = resize_weights(top, height, images.shape[2], self.size)
-        images = (rows @ (images.float() @ columns.mT)).div_(255)
+        rows, columns = resize_weights(starts, lengths, flips, max(height, width), self.size).split(1, dim=1)
+        images = (rows[..., :height] @ (images.float() @ columns[..., :width].mT)).div_(255)
         for i, hue_here in enumerate(hue_images):
-            images[hue_here] = adjust_hue(images[hue_here], hue[hue_here])
-            scale, gray_weight, mean_weight = blends[i::4]
-            gray = luma(images)
-            blend = gray_weight * gray + mean_weight * gray.mean((2, 3), keepdim=True)
-            images = images.mul_(scale).add_(blend).clamp_(0, 1)
+            images[hue_here] = adjust_hue(images[hue_here], hue_shift[hue_here])
+            if i < 3:
+                scale, gray_weight, mean_weight = blends[i::3]
+                gray = luma(images)
+                blend = torch.addcmul(gray_weight * gray, mean_weight, gray.mean((2, 3), keepdim=True))
+                images.mul_(scale).add_(blend).clamp_(0, 1)
         images[gray_images] = luma(images[gray_images])
         return gaussian_blur(images, sigma)
