@@ -64,16 +64,18 @@ def _diagonal_plus_rank_one(log_p, kernel):
 
 
 def _tilt(d, k):
-    """t > 0 such that the q_i = t d_i / (1 + t d_i) sum to k within 0.1; needs 0 < k < N.
+    """t > 0 such that the q_i = t d_i / (1 + t d_i) sum to nearly k; needs 0 < k < N.
 
-    Starts at a lower bound (Jensen). A step is exact where all d_i are equal, and else falls short, so t only rises.
+    Starts at a lower bound (Jensen). A step is exact where all d_i are equal and else falls short, so t only rises. The
+    kernels here take fewer than 10 steps; any t keeps the results right, so the bound on their number is safe.
     """
     n, t = len(d), k / ((len(d) - k) * d.mean())
-    while True:
+    for _ in range(50):
         expected_size = np.sum(t * d / (1 + t * d))
         if abs(expected_size - k) < 0.1:
-            return t
+            break
         t *= k * (n - expected_size) / ((n - k) * expected_size)
+    return t
 
 
 def sample_k_dpp(log_p, k, rng, kernel="paper"):
@@ -133,7 +135,7 @@ def _sum_over_subsets(log_p, k, kernel):
     for angle in angles[var * (1 - np.cos(angles)) <= 45]:
         factors = 1 + q * np.expm1(1j * angle)
         r = q * np.exp(1j * angle) / factors
-        marked = s + w @ r
+        marked = s + np.sum(w * r)
         # Angles other than 0 stand for their conjugates too.
         phi_over_zk = (1 if angle == 0 else 2) / points * np.prod(factors) * np.exp(-1j * k * angle)
         total += (phi_over_zk * marked).real
