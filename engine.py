@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
+from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import BNSNetwork, Classifier, create_encoder
@@ -22,10 +23,11 @@ from util.augment import SimCLRAugment
 from util.bns_loss import BNSLoss
 from util.checkpoint import load_checkpoint, load_newest, load_weights, stage_of
 from util.errors import UserError
+from util.figures import accuracy_bars, class_balanced, confusion_heatmap
 from util.imbalanced_cifar import ImbalanceCIFAR10, ImbalanceCIFAR100
 from util.ip_dpp import class_stream, draw, inclusion_probabilities
 from util.logs import Progress, RunLog
-from util.metrics import classification_metrics
+from util.metrics import classification_metrics, confusion_matrix
 from util.options import Unset
 from util.processes import Processes
 from util.run_folder import RunFolder
@@ -33,6 +35,9 @@ from util.signals import Interrupted, StopSignal
 from util.toy_data import ToyCIFAR
 
 EVAL_BATCH = 500  # whatever --batch_size is, so that the same weights always give the same figures
+EPOCH_END = 0.999  # where an epoch's results are drawn: at 1 they would be taken back when a resumed run goes on from there
+FIGURES = 10  # evaluations of a run that are drawn, the last one included; TensorBoard shows as many pictures of a tag
+PROJECTED = 1000  # test images in the embedding projector
 SHOWN_CLASSES = 5  # largest classes whose draws are logged
 SAME_RUN = ("dataset", "toy_data", "imbalanced_factor", "num_classes", "model", "input_size", "embed_dim")
 MAY_CHANGE = ("epochs", "batch_size", "accum_iter", "lr", "blr", "min_lr", "warmup_epochs", "weight_decay", "seed",
@@ -44,6 +49,7 @@ def pretrain(args):
     """Stage 1: train encoder and projector with BNS on two views of each image (paper, section 4)."""
     processes, autocast = prepare(args)
     train_set = load_data(args, processes, train=True)
+    check_batch_size(args, processes, len(train_set))
     images, labels = on_device(train_set, processes.device)
 
     torch.manual_seed(args.seed)
@@ -51,7 +57,8 @@ def pretrain(args):
     model.to(processes.device, memory_format=torch.channels_last)
     checkpoint, path = find_checkpoint(args, processes)
     if checkpoint:
-        check_same_run(args, checkpoint, path)
+        check_same_run(args, checkpoint, path, processes)
+        load_weights(model, checkpoint["model"], f"--resume {path}")
 
     augment = SimCLRAugment(args.input_size, args.jitter_strength)
     criterion = BNSLoss(args.temperature, args.bns_form, args.num_extra_positives)
@@ -67,8 +74,9 @@ def pretrain(args):
 
     def first_views(log):
         pixels = images[epoch_batches(everything, 32, 1, args.seed, 0, processes)[0]]
-        views = [augment(pixels, torch.Generator().manual_seed(args.seed)) for _ in range(2)]
-        log.draw("add_images", "input/two views of the first batch", torch.cat(views).cpu(), 0)
+        generator = torch.Generator().manual_seed(args.seed)
+        views = torch.stack([augment(pixels, generator) for _ in range(2)], dim=1)
+        log.image("input/two views of each image, side by side", views.flatten(0, 1).cpu(), 0)
 
     return fit(args, processes, model, batch_loss, len(images), lambda epoch, previous, log: (everything, {}),
                checkpoint, path, drop_last=True, describe=first_views)
@@ -105,6 +113,7 @@ def train_classifier(args):
         processes.end()
         return metrics
 
+    check_batch_size(args, processes, len(train_set))
     images, labels = on_device(train_set, processes.device)
     checkpoint, path = find_checkpoint(args, processes)
     if checkpoint:
@@ -115,7 +124,8 @@ def train_classifier(args):
             say(processes, f"starting from the extractor {path}")
             checkpoint = None
         else:
-            check_same_run(args, checkpoint, path)
+            check_same_run(args, checkpoint, path, processes)
+            load_weights(model, checkpoint["model"], f"--resume {path}")
     else:
         say(processes, "no --resume: starting from a randomly initialised encoder")
     # The probe's encoder never changes, so its test features are computed once.
@@ -138,7 +148,7 @@ def train_classifier(args):
             return previous, {}
         log_p = np.zeros(len(images))
         cut = np.flatnonzero(counts[train_set.targets] > args.num_samples)
-        if not probing:
+        if len(cut) and not probing:
             log_p[cut] = true_label_log_probabilities(
                 predict(model, images[cut], processes, autocast, args.input_size), labels[cut])
         drawn = processes.from_first(lambda: draw_balanced(
@@ -152,9 +162,20 @@ def train_classifier(args):
         metrics, logits = measure(*measured)
         if processes.first:
             report(metrics, len(test_labels))
-            log.scalars({f"test/{name}": metrics[name] for name in ("acc1", "acc5", "loss")}, epoch + 1)
+            log.scalars({f"test/{name}": metrics[name] for name in ("acc1", "acc5", "loss")}, epoch + EPOCH_END)
             log.scalars({f"test_shots/{name}": metrics[name] for name in ("many", "medium", "few")
-                         if metrics[name] is not None}, epoch + 1)
+                         if metrics[name] is not None}, epoch + EPOCH_END)
+            if (args.epochs - 1 - epoch) % math.ceil(args.epochs / FIGURES) == 0:
+                confusion = confusion_matrix(logits, test_labels)
+                bars = accuracy_bars(confusion, counts, train_set.shot_thresholds, train_set.classes)
+                log.image("test/accuracy per class", bars, epoch + EPOCH_END)
+                log.image("test/confusion", confusion_heatmap(confusion, counts, train_set.classes), epoch + EPOCH_END)
+        if epoch == args.epochs - 1:
+            shown = class_balanced(test_labels, PROJECTED)
+            features = predict(model.enc, test_images[shown], processes, autocast, args.input_size)
+            predicted = logits[shown].argmax(dim=1)
+            names = [[train_set.classes[c], train_set.classes[p], counts[c]] for c, p in zip(test_labels[shown], predicted)]
+            log.embedding(features, names, ["class", "predicted class", "training images"], test_images[shown], epoch + 1)
         return {f"test_{name}": value for name, value in metrics.items()}
 
     per_epoch = len(images) if sampler == "none" else int(np.minimum(counts, args.num_samples).sum())
@@ -166,9 +187,10 @@ def train_classifier(args):
 
 def prepare(args):
     """Check what flags say together, start the processes. Returns them and a factory of autocast contexts."""
+    processes = Processes(args.device)
     if isinstance(args.warmup_epochs, Unset) and args.warmup_epochs >= args.epochs:
-        print(f"--warmup_epochs: the default of {args.warmup_epochs} does not fit --epochs {args.epochs}, "
-              f"so {args.epochs // 5} it is", flush=True)
+        say(processes, f"--warmup_epochs: the default of {args.warmup_epochs} does not fit --epochs {args.epochs}, "
+            f"so {args.epochs // 5} it is")
         args.warmup_epochs = args.epochs // 5
     args.warmup_epochs = int(args.warmup_epochs)
     if args.warmup_epochs >= args.epochs:
@@ -176,7 +198,6 @@ def prepare(args):
     classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
     if args.num_classes != classes:
         raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
-    processes = Processes(args.device)
     dtype = amp_dtype(args.amp, processes.device)
     args.amp = str(dtype).removeprefix("torch.") if dtype else "none"
     torch.backends.cudnn.benchmark = True
@@ -200,6 +221,13 @@ def load_data(args, processes, train):
     dataset = {"cifar10": ImbalanceCIFAR10, "cifar100": ImbalanceCIFAR100}[args.dataset]
     processes.from_first(lambda: dataset(args.data_root, args.imbalanced_factor, train, download=True) and None)
     return dataset(args.data_root, args.imbalanced_factor, train)
+
+
+def check_batch_size(args, processes, num_images):
+    """Refuse a batch, over all processes, of more images than the training set has."""
+    if args.batch_size * processes.world_size > num_images:
+        raise UserError(f"--batch_size: found {args.batch_size} images in each of {processes.world_size} process(es), "
+                        f"expected at most {num_images} together, the images of the training set")
 
 
 def on_device(dataset, device):
@@ -230,16 +258,17 @@ def check_stage(args, checkpoint, source, expected, strict=True):
                         f", expected one of {' or '.join(expected)}")
 
 
-def check_same_run(args, checkpoint, path):
+def check_same_run(args, checkpoint, path, processes):
     """Refuse to continue a run of other data or another model; say aloud what else has changed."""
     check_stage(args, checkpoint, f"--resume {path}", [args.stage])
-    for name, before in checkpoint["args"].items():
-        now = getattr(args, name, None)
-        if name in SAME_RUN and now != before and hasattr(args, name):
+    for name in (*SAME_RUN, *MAY_CHANGE):
+        before, now = (flags.get(name) for flags in (checkpoint["args"], vars(args)))
+        if name not in checkpoint["args"] or not hasattr(args, name) or now == before:
+            continue
+        if name in SAME_RUN:
             raise UserError(f"--resume {path} was trained with --{name} {before}, found --{name} {now}; "
                             "expected the same, or another --output_dir and no --resume")
-        if name in MAY_CHANGE and now != before and hasattr(args, name):
-            print(f"--{name}: {before} in the checkpoint, {now} from here on", flush=True)
+        say(processes, f"--{name}: {before} in the checkpoint, {now} from here on")
 
 
 def say(processes, text):
@@ -266,13 +295,7 @@ def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint
     device, first = processes.device, processes.first
     global_batch = args.batch_size * processes.world_size
     steps = per_epoch // global_batch if drop_last else math.ceil(per_epoch / global_batch)
-    if per_epoch < global_batch and (drop_last or processes.world_size > 1):
-        raise UserError(f"--batch_size: found {args.batch_size} images in each of {processes.world_size} processes, "
-                        f"expected at most {per_epoch} together, the images of an epoch")
-
     lr = args.lr or args.blr * global_batch * args.accum_iter / 256
-    if checkpoint:
-        load_weights(model, checkpoint["model"], f"--resume {path}")
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
     updates = math.ceil(steps / args.accum_iter)
     # timm: only these arguments make it linear warm-up from 0 followed by half a cosine over the remaining epochs.
@@ -284,7 +307,7 @@ def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint
     start, first_step, history, subset, record, curves = 0, 0, [], None, {}, {}
     if checkpoint:
         restore_optimizer(optimizer, scaler, checkpoint, path)
-        start, history, subset = checkpoint["epoch"] + 1, checkpoint.get("history", []), checkpoint.get("subset")
+        start, history, subset = checkpoint.get("epoch", -1) + 1, checkpoint.get("history", []), checkpoint.get("subset")
         partial = checkpoint.get("partial")
         if partial and partial["steps"] == steps and args.start_epoch in (None, start):
             first_step, record = partial["step"], partial["record"]
@@ -295,9 +318,10 @@ def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint
     folder = RunFolder(args.output_dir, args.log_dir or args.output_dir,
                        f"{args.stage}_{args.dataset}_if{args.imbalanced_factor:g}.pth", args.save_freq, args.keep_checkpoints)
     # `auto` stands for the folder's own run, also where that was cut off before its first checkpoint.
-    continues = path if checkpoint else folder.final if args.resume and args.resume[0] == "auto" else None
+    continues = folder.final if args.resume and args.resume[0] == "auto" else checkpoint and path
     processes.from_first(lambda: folder.claim(continues, args.overwrite))
-    log = RunLog(folder.folder, folder.log_dir, start + first_step / steps, quiet=not first)
+    # An epoch begun has only its draw in TensorBoard, at its very start; what its steps gave is drawn when it is over.
+    log = RunLog(folder.folder, folder.log_dir, start + (0.001 if first_step else 0), quiet=not first)
     log.write_history(history)
     network = torch.compile(model) if args.compile else model
     if processes.world_size > 1:
@@ -314,8 +338,8 @@ def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint
                 "partial": partial}
 
     def leave(what, epoch, partial=None):
-        if first:
-            folder.save(state(epoch, partial), epoch, now=True)
+        log.draw("close")
+        processes.from_first(lambda: folder.save(state(epoch, partial), epoch, now=True))  # none leaves before it is saved
         processes.end()
         raise Interrupted(stop.signum or signal.SIGTERM, f"{what}; add --resume auto to the command to go on from there")
 
@@ -329,13 +353,16 @@ def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint
             began = time.monotonic()
             done = train_one_epoch(args, processes, network, batch_loss, optimizer, scaler, scheduler, batches, epoch,
                                    first_step, curves, progress, stop)
-            train_loss = mean_loss(curves, processes)
+            if processes.world_size > 1:  # all evaluate with the statistics of the first process, which are those saved
+                distribute_bn(model, processes.world_size)
+            means = {name: processes.mean(torch.stack(values)) for name, values in curves.items()}
+            train_loss = means["train_loss"].double().mean().item()
             speed = sum(map(len, batches[first_step:done])) * processes.world_size / (time.monotonic() - began)
             check_finite(train_loss, epoch, model)
             stopped = processes.any(stop.signum is not None)
             if done < steps:
                 partial = {"step": done, "steps": steps, "record": record,
-                           "curves": {name: torch.stack(values).cpu() for name, values in curves.items()}}
+                           "curves": {name: values.cpu() for name, values in means.items()}}
                 leave(f"stopped in epoch {epoch} after step {done} of {steps}", epoch - 1, partial)
             last = epoch == args.epochs - 1
             record = {"epoch": epoch, "train_loss": train_loss, "train_lr": optimizer.param_groups[0]["lr"], **record}
@@ -345,7 +372,7 @@ def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint
                 best = max(r.get("test_acc1", 0) for r in [*history, record])
                 progress.say(f"Max accuracy: {best:.2f}%")
             history.append(record)
-            log_epoch(log, epoch, curves, speed, device)
+            log_epoch(log, epoch, means, speed, device)
             log.write_history(history)
             if stopped and not last:
                 leave(f"stopped after epoch {epoch}", epoch)
@@ -383,7 +410,7 @@ def train_one_epoch(args, processes, network, batch_loss, optimizer, scaler, sch
             continue
         scaler.unscale_(optimizer)
         curves["train/gradient_norm"].append(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-        curves["lr"].append(torch.tensor(optimizer.param_groups[0]["lr"]))
+        curves["lr"].append(torch.full((), optimizer.param_groups[0]["lr"], device=loss.device))
         scaler.step(optimizer)
         scaler.update()
         if processes.any(stop.signum is not None):
@@ -404,12 +431,7 @@ def epoch_batches(subset, batch_size, steps, seed, epoch, processes):
 
 def stream(*key):
     """A seed for PyTorch's generators, one per tuple of non-negative integers."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def mean_loss(curves, processes):
-    """The epoch's mean training loss over all steps and processes."""
-    return (processes.sum(torch.stack(curves["train_loss"]).double().mean()) / processes.world_size).item()
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)  # (1,) is not (1, 0)
 
 
 def check_finite(loss, epoch, model=None):
@@ -417,7 +439,7 @@ def check_finite(loss, epoch, model=None):
     if not math.isfinite(loss):
         raise UserError(f"the loss became {loss} in epoch {epoch}, expected a finite one: lower --lr or --blr, "
                         "or try --amp none; the checkpoints before it are as they were")
-    if model is not None and not torch.nn.utils.get_total_norm(list(model.parameters())).isfinite():
+    if model is not None and not all(value.isfinite().all() for value in model.state_dict().values()):
         raise UserError(f"a weight stopped being finite in epoch {epoch}: lower --lr or --blr, or try --amp none; "
                         "the checkpoints before it are as they were")
 
@@ -504,8 +526,8 @@ def log_draw(args, log, epoch, train_set, log_p, drawn, previous):
             figures |= {"max_inclusion": float(inclusion.max()), "min_inclusion": float(inclusion.min())}
             ranked = members[np.argsort(-inclusion, kind="stable")]
             sheet = torch.from_numpy(train_set.data[np.concatenate([ranked[:16], ranked[-16:]])]).permute(0, 3, 1, 2)
-            log.draw("add_images", f"ipdpp_most_and_least_likely/{train_set.classes[c]}", sheet, log.x(epoch))
-        log.scalars({f"ipdpp_{name}/{train_set.classes[c]}": value for name, value in figures.items()}, epoch)
+            log.image(f"train_ipdpp/{train_set.classes[c]}/most and least likely drawn", sheet, epoch)
+        log.scalars({f"train_ipdpp/{train_set.classes[c]}/{name}": value for name, value in figures.items()}, epoch)
         record.append({"class": int(c), **figures})
     return {"drawn": record}
 
@@ -524,9 +546,9 @@ def report(metrics, num_images):
 def log_epoch(log, epoch, curves, speed, device):
     """Draw the steps' figures over the epoch, and its throughput and memory at the end of it."""
     for tag, values in curves.items():
-        for i, value in enumerate(torch.stack(values).tolist()):
-            log.scalars({tag: value}, epoch + i / len(values))
-    log.scalars({"train/images_per_second": speed, "train/peak_memory_gib": peak_memory(device)}, epoch + 1)
+        for i, value in enumerate(values.tolist()):
+            log.scalars({tag: value}, epoch + (i + 0.5) / len(values))
+    log.scalars({"train/images_per_second": speed, "train/peak_memory_gib": peak_memory(device)}, epoch + EPOCH_END)
     log.draw("flush")
 
 
@@ -539,9 +561,7 @@ def peak_memory(device):
 
 def summarise(args, processes, log, folder, history):
     """Close the log and say what the run reached, where its files lie and what to run next."""
-    final = {name: value for name, value in history[-1].items() if isinstance(value, float)} if history else {}
-    flags = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in vars(args).items()}
-    log.draw("add_hparams", flags, {f"final/{name}": value for name, value in final.items()}, run_name=".")
+    log.hyperparameters({name: getattr(args, name) for name in ("stage", *SAME_RUN, *MAY_CHANGE) if hasattr(args, name)})
     log.draw("close")
     if not processes.first:
         return

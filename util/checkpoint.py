@@ -1,7 +1,9 @@
 """Checkpoints: written so that no moment of a crash can harm them, read so that none can run code."""
 import argparse
+import io
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,8 +14,8 @@ from util.errors import UserError
 LATEST = "checkpoint-latest.pth"
 
 
-def write_atomically(path, write):
-    """Have `write(file)` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+def write_atomically(path, content):
+    """Write `content` (bytes) to a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
     Raises:
         OSError: the file could not be written; what was at `path` before is still there.
@@ -22,20 +24,20 @@ def write_atomically(path, write):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+    except OSError:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(str(error).splitlines()[0]) from error
+        raise
 
 
 def save_checkpoint(state, path):
     """Write the dict `state` (tensors and plain values only) to `path`. Raises OSError as `write_atomically`."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    buffer = io.BytesIO()  # written straight to the file, torch.save would hide why that fails
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def load_checkpoint(path, flag="--resume"):
@@ -53,7 +55,7 @@ def load_checkpoint(path, flag="--resume"):
         beside = f"; that folder holds {', '.join(others[:5])}" if others else ""
         raise UserError(f"{flag}: found no file {path}, expected a checkpoint{beside}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for damaged or foreign files
         reason = "it is empty" if path.stat().st_size == 0 else _first_sentence(error)
@@ -69,7 +71,7 @@ def load_checkpoint(path, flag="--resume"):
 
 
 def _first_sentence(error):
-    if "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
+    if "GLOBAL" in str(error):  # the pickle names a class or function
         return "it holds Python objects beyond tensors and plain values, none of which was executed"
     return "it is truncated or was not written by PyTorch"
 
@@ -107,12 +109,16 @@ def load_weights(module, weights, source):
 
 
 def numbered_checkpoints(folder):
-    """Paths `checkpoint-<epoch>.pth` in `folder`, oldest epoch first."""
-    return sorted(Path(folder).glob("checkpoint-[0-9]*.pth"), key=lambda path: int(path.stem.split("-")[1]))
+    """Paths `checkpoint-<epoch>.pth` in `folder`, in the order in which they were written."""
+    return sorted(Path(folder).glob("checkpoint-[0-9]*.pth"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def load_newest(folder, stage):
-    """The newest loadable checkpoint of `stage` in `folder` as (path, checkpoint), or (None, None)."""
+    """The newest loadable checkpoint of `stage` in `folder` as (path, checkpoint), or (None, None).
+
+    Raises:
+        UserError: the folder is that of a run of another stage.
+    """
     paths = [path for path in Path(folder).glob("*.pth") if path.is_file()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
@@ -122,4 +128,7 @@ def load_newest(folder, stage):
             continue
         if stage_of(checkpoint) == stage:
             return path, checkpoint
+        if path.name.startswith("checkpoint-"):
+            raise UserError(f"--output_dir: {folder} holds a run of stage {stage_of(checkpoint)} ({path.name}), "
+                            f"expected one of stage {stage}, or an empty folder")
     return None, None

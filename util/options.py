@@ -137,5 +137,8 @@ def launch(main, parser):
         process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
         parser.exit(2, f"{parser.prog}: error: {error}{process}\n")
     except Interrupted as stop:
-        print(stop, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, flush=True)
         sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: interrupted before or after the training\n")

@@ -1,4 +1,6 @@
 """One process or many (torchrun, SLURM): who this one is, and the few exchanges that the stages need."""
+import os
+
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
@@ -22,11 +24,13 @@ class Processes:
             kind = "cuda" if torch.cuda.is_available() else "cpu"
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
             raise UserError(f"--device: found '{device}', expected auto, cpu, cuda or cuda:N")
-        if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        if kind == "cuda" and int(index or os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
             raise UserError(f"--device: found '{device}', but PyTorch sees {torch.cuda.device_count()} CUDA devices here")
         started = init_distributed_device_so(f"{kind}:{index}" if index else kind)
         self.device = torch.device(started["device"])
         self.rank, self.world_size = started["global_rank"], started["world_size"]
+        # Were DDP the last to let go of its group, as it can be after `end`, PyTorch could wait for ever for its own lock.
+        self._group = dist.group.WORLD if self.world_size > 1 else None
         # Small exchanges between the hosts go around the GPUs, which they would otherwise have to wait for.
         self._hosts = dist.new_group(backend="gloo") if self.world_size > 1 else None
 
@@ -39,6 +43,10 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def mean(self, tensor):
+        """The mean of `tensor` over all processes; `tensor` itself becomes their sum."""
+        return self.sum(tensor) / self.world_size
 
     def any(self, flag):
         """Whether `flag` (bool) holds in any process; every process gets the same answer."""
@@ -61,7 +69,7 @@ class Processes:
         dist.broadcast_object_list(result, group=self._hosts)
         value, error = result[0]
         if error:
-            raise error
+            raise error if self.first else SystemExit(2)  # one message is enough
         return value
 
     def end(self):

@@ -1,4 +1,5 @@
 """The output folder of a run: claimed before training, then filled with checkpoints of which the newest are kept."""
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -42,8 +43,10 @@ class RunFolder:
         if not overwrite:
             raise UserError(f"--output_dir: {self.folder} holds another run ({earlier[0].name}); expected an empty "
                             "folder, or --resume auto to continue that run, or --overwrite to delete it")
-        for path in earlier + list(self.log_dir.glob("events.out.tfevents.*")):
+        for path in [*earlier, *self.log_dir.glob("events.out.tfevents.*"), *self.log_dir.glob("projector_config.pbtxt")]:
             path.unlink()
+        for embedding in self.log_dir.glob("[0-9]*/test_features"):
+            shutil.rmtree(embedding)
 
     def save(self, state, epoch, last=False, now=False):
         """Save `state` after `epoch`: numbered where its turn has come or it is the `last`, else as the latest.
@@ -59,7 +62,7 @@ class RunFolder:
         if not numbered and not now and time.monotonic() - self.saved_at < LATEST_EVERY:
             return
         try:
-            for target in [path] + [self.final] * last:
+            for target in [self.final] * last + [path]:  # in this order: a run that is over has its final file
                 save_checkpoint(state, target)
         except OSError as error:
             message = f"could not write {target}: {error}; the checkpoints before it are as they were"

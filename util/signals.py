@@ -1,4 +1,5 @@
 """SIGTERM and Ctrl-C as a request: the loop finishes its step, saves and leaves."""
+import os
 import signal
 
 
@@ -28,4 +29,5 @@ class StopSignal:
         self.signum = signum
         for number in self._before:
             signal.signal(number, signal.SIG_DFL)
-        print(f"\n{signal.Signals(signum).name}: stopping after this step (once more: at once)", flush=True)
+        # not `print`, which fails where the signal comes amid another print
+        os.write(1, f"\n{signal.Signals(signum).name}: stopping after this step (once more: at once)\n".encode())

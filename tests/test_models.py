@@ -1,0 +1,96 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import BNSNetwork, Classifier, create_encoder
+from util.errors import UserError
+
+
+def random_images(count, size=32, seed=0):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name, channels", [("resnet18", 512), ("resnet50", 2048)])
+def test_cifar_stem_keeps_the_resolution(name, channels):
+    encoder = create_encoder(name)
+    assert encoder.conv1.weight.shape == (64, 3, 3, 3) and encoder.conv1.stride == (1, 1) and encoder.conv1.bias is None
+    sizes = []
+    for stage in (encoder.maxpool, encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
+        stage.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[2:])))
+    assert encoder(random_images(2)).shape == (2, channels) and encoder.num_features == channels
+    assert sizes == [(32, 32), (32, 32), (16, 16), (8, 8), (4, 4)]
+
+
+def test_initialisation_is_what_the_docstring_says():
+    encoder = create_encoder("resnet18")
+    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(norms) == 20 and all((norm.weight == 1).all() for norm in norms)
+    for conv in (encoder.conv1, encoder.layer4[1].conv2):
+        assert conv.weight.std().item() == pytest.approx((2 / (9 * conv.out_channels)) ** 0.5, rel=0.1)
+    assert encoder.training
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mobilenetv3_small_050"])
+def test_other_timm_models_learn_in_both_networks(name):
+    encoder = create_encoder(name, 32)
+    network, classifier = BNSNetwork(encoder, 16), Classifier(encoder, 10)
+    images = random_images(4)
+    first, second = network(images, images.flip(3))
+    assert first.shape == second.shape == (4, 16)
+    logits = classifier(images)
+    assert logits.shape == (4, 10)
+    (logits.sum() + first.square().sum()).backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("name, size, message", [
+    ("resnet81", 32, "expected the name of a timm model such as .*resnet18"),
+    ("nothing-like-it", 32, "found 'nothing-like-it', expected the name of a timm model"),
+    ("inception_v4", 32, "'inception_v4' does not take images of --input_size 32"),
+    ("vit_tiny_patch16_224", 8, "'vit_tiny_patch16_224' does not take images of --input_size 8")])
+def test_unfit_models_are_refused_in_one_line(name, size, message):
+    with pytest.raises(UserError, match=f"^--model: .*{message}") as error:
+        create_encoder(name, size)
+    assert "\n" not in str(error.value)
+
+
+def test_projector_and_names():
+    weights = BNSNetwork(create_encoder("resnet18"), 128).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in weights.items() if not name.startswith("enc.")}
+    assert shapes == {"projector.0.weight": (2048, 512), "projector.0.bias": (2048,),
+                      "projector.2.weight": (128, 2048), "projector.2.bias": (128,)}
+    assert not any(name.startswith("enc.fc") for name in weights)
+    head = [name for name in Classifier(create_encoder("test_resnet"), 10).state_dict() if not name.startswith("enc.")]
+    assert head == ["lin.weight", "lin.bias"]
+
+
+def test_each_view_has_its_own_batch_statistics():
+    network = BNSNetwork(create_encoder("test_resnet"), 16)
+    bright, dark = random_images(8, seed=1), 0.2 * random_images(8, seed=2)
+    projections = network(bright, dark)
+    for view, projection in zip((bright, dark), projections):
+        torch.testing.assert_close(projection, network(view)[0])
+    together = torch.cat(projections) - network(torch.cat((bright, dark)))[0]
+    assert together.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_training_step_changes_only_what_is_trained(frozen):
+    model = Classifier(create_encoder("test_resnet"), 10, frozen=frozen).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    F.cross_entropy(model(random_images(8)), torch.arange(8)).backward()
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"lin.weight", "lin.bias"} <= changed
+    assert changed == ({"lin.weight", "lin.bias"} if frozen else set(before))
+
+
+def test_logits_are_float32_under_autocast():
+    linear = Classifier(create_encoder("test_resnet"), 10).lin
+    features = 100 * torch.rand(64, linear.in_features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = linear(features.bfloat16())
+    expected = F.linear(features.bfloat16().double(), linear.weight.double(), linear.bias.double())
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-6)

@@ -1,0 +1,172 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+
+import main_cifar10_finetune_ipdpp
+import main_cifar10_lineprob_bns
+import main_cifar10_pretrain_bns
+from util.figures import accuracy_bars, class_balanced, confusion_heatmap
+from util.toy_data import ToyCIFAR
+
+EPOCHS = 3
+CLASSES = ToyCIFAR(10).classes
+
+
+def run(script, folder, *flags):
+    shared = ["--toy_data", "--model", "test_resnet", "--input_size", "8", "--epochs", EPOCHS, "--batch_size", 128,
+              "--device", "cpu", "--output_dir", folder / "run"]
+    script.main(script.get_args_parser().parse_args([str(flag) for flag in (*shared, *flags)]))
+    return EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory):
+    return run(main_cifar10_pretrain_bns, tmp_path_factory.mktemp("pretrain"))
+
+
+@pytest.fixture(scope="module")
+def finetuning(tmp_path_factory):
+    return run(main_cifar10_finetune_ipdpp, tmp_path_factory.mktemp("finetune"), "--num_samples", 50, "--sampling_freq", 1)
+
+
+@pytest.fixture(scope="module")
+def probing(tmp_path_factory):
+    return run(main_cifar10_lineprob_bns, tmp_path_factory.mktemp("probe"), "--num_samples", 10, "--eval_freq", 2)
+
+
+def steps(events, tag):
+    return [event.step for event in events.Scalars(tag)]
+
+
+def pixels(events, tag):
+    """All images under `tag`, uint8 (H, W, 3) each, by step."""
+    return {event.step: np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in events.Images(tag)}
+
+
+def hyperparameters(events):
+    content = events.summary_metadata[hparams_metadata.SESSION_START_INFO_TAG].plugin_data.content
+    return hparams_metadata.parse_session_start_info_plugin_data(content).hparams
+
+
+TRAINING = {"train_loss", "lr", "train/gradient_norm", "train/images_per_second", "train/peak_memory_gib"}
+TESTING = {"test/acc1", "test/acc5", "test/loss", "test_shots/many", "test_shots/medium", "test_shots/few"}
+DRAWING = {f"train_ipdpp/{name}/{figure}" for name in CLASSES[:5]
+           for figure in ("mean_p", "drawn_mean_p", "changed", "max_inclusion", "min_inclusion")}
+FIGURES = {"test/accuracy per class", "test/confusion"}
+
+
+def test_tags_of_each_stage(pretraining, probing, finetuning):
+    assert set(pretraining.Tags()["scalars"]) == TRAINING
+    assert set(probing.Tags()["scalars"]) == TRAINING | TESTING
+    assert set(finetuning.Tags()["scalars"]) == TRAINING | TESTING | DRAWING
+    assert set(pretraining.Tags()["images"]) == {"input/two views of each image, side by side"}
+    assert set(probing.Tags()["images"]) == FIGURES
+    assert set(finetuning.Tags()["images"]) == FIGURES | {
+        f"train_ipdpp/{name}/most and least likely drawn" for name in CLASSES[:5]}
+
+
+def test_steps_are_thousandths_of_an_epoch(pretraining, probing, finetuning):
+    # 1236 images without the incomplete batch, 337 drawn, 93 in the balanced subset
+    for events, batches in ((pretraining, 9), (finetuning, 3), (probing, 1)):
+        assert steps(events, "train_loss") == steps(events, "lr") == sorted(set(steps(events, "train_loss")))
+        assert [step // 1000 for step in steps(events, "lr")] == [epoch for epoch in range(EPOCHS) for _ in range(batches)]
+        assert steps(events, "train/images_per_second") == [999, 1999, 2999]
+    assert steps(finetuning, "test/acc1") == steps(finetuning, "test_shots/few") == [999, 1999, 2999]
+    assert steps(probing, "test/acc1") == [1999, 2999]  # --eval_freq 2, and the last epoch
+    assert steps(finetuning, "train_ipdpp/striped disc/mean_p") == [0, 1000]  # none in the last epoch
+
+
+def test_each_evaluation_has_figures_that_differ(finetuning):
+    for tag in FIGURES:
+        images = pixels(finetuning, tag)
+        assert list(images) == [999, 1999, 2999]
+        assert all(image.std() > 20 for image in images.values())
+        assert (images[999] != images[2999]).any()
+
+
+def test_a_long_run_draws_at_most_ten_evaluations_and_the_last(tmp_path):
+    events = run(main_cifar10_lineprob_bns, tmp_path, "--num_samples", 2, "--epochs", 11)
+    assert steps(events, "test/acc1") == [1000 * epoch + 999 for epoch in range(11)]
+    assert list(pixels(events, "test/confusion")) == [1000 * epoch + 999 for epoch in range(0, 11, 2)]
+
+
+def test_views_lie_in_pairs_that_differ(pretraining):
+    sheet, = pixels(pretraining, "input/two views of each image, side by side").values()
+    views = sheet.reshape(8, 8, 8, 8, 3).swapaxes(1, 2).reshape(32, 2, 8, 8, 3)  # rows, columns; pixels of 8 x 8 images
+    assert all((first != second).any() for first, second in views)
+
+
+def test_projector_holds_balanced_features_labels_and_thumbnails(finetuning):
+    folder = Path(finetuning.path)
+    config = (folder / "projector_config.pbtxt").read_text()
+    features, metadata, sprite = (folder / f"0000{EPOCHS}" / "test_features" / name
+                                  for name in ("tensors.tsv", "metadata.tsv", "sprite.png"))
+    assert all(str(path.relative_to(folder)) in config for path in (features, metadata, sprite))
+    assert np.loadtxt(features).shape == (1000, 96) and np.loadtxt(features).std() > 0.5
+    header, *rows = [line.split("\t") for line in metadata.read_text().splitlines()]
+    assert header == ["class", "predicted class", "training images"]
+    test_set = ToyCIFAR(10, train=False)
+    assert [row[0] for row in rows] == [CLASSES[c] for c in test_set.targets]
+    assert {(row[0], row[2]) for row in rows} == set(zip(CLASSES, map(str, ToyCIFAR(10).class_counts)))
+    thumbnails = np.asarray(Image.open(sprite)).reshape(32, 32, 32, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
+    np.testing.assert_allclose(thumbnails[:1000].astype(int), test_set.data, atol=1)
+
+
+def test_every_run_is_a_row_of_the_hyperparameter_table(pretraining, finetuning):
+    assert hyperparameters(pretraining)["bns_form"].string_value == "published"
+    assert hyperparameters(pretraining)["epochs"].number_value == EPOCHS
+    assert hyperparameters(finetuning)["ipdpp_sampler"].string_value == "exact"
+    # With an Experiment summary, TensorBoard would show the columns of one stage for all.
+    assert hparams_metadata.EXPERIMENT_TAG not in {**pretraining.summary_metadata, **finetuning.summary_metadata}
+
+
+def bar_pixels(image, colour):
+    return (np.abs(image.transpose(1, 2, 0).astype(int) - colour) < 8).all(axis=2)
+
+
+def test_bars_grow_with_accuracy_and_stand_in_order_of_training_images():
+    counts = np.array([5, 500, 50])
+    blue, orange, red = (76, 114, 176), (221, 132, 82), (196, 78, 82)
+    images = {}
+    for right in (20, 80):
+        confusion = np.full((3, 3), 5)
+        np.fill_diagonal(confusion, (right, 60, 60))
+        images[right] = accuracy_bars(confusion, counts, (100, 10), ["rare", "common", "middling"])
+    areas = {right: [bar_pixels(image, colour)[60:].sum() for colour in (blue, orange, red)]
+             for right, image in images.items()}
+    assert areas[80][2] / areas[20][2] == pytest.approx((80 / 90) / (20 / 30), rel=0.1)
+    assert areas[80][:2] == areas[20][:2]
+    columns = [bar_pixels(images[80], colour)[60:].any(axis=0).nonzero()[0].mean() for colour in (blue, orange, red)]
+    assert columns == sorted(columns)
+
+
+def test_heatmap_is_dark_where_the_images_are():
+    counts = [5, 500, 50]
+    low, high = (confusion_heatmap(np.array(rows), counts, list("abc")) for rows in (
+        [[9, 0, 0], [0, 9, 0], [0, 0, 9]], [[0, 9, 0], [0, 9, 0], [0, 0, 9]]))
+    changed = (low != high).any(axis=0).nonzero()
+    height, width = low.shape[1:]
+    assert changed[0].min() > height / 2  # the rarest class is the lowest row; its images moved from last column to first
+    assert changed[1].min() < width / 3 < changed[1].max()
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_figures_of_both_data_sets_are_not_blank(classes):
+    data = ToyCIFAR(classes)
+    confusion = np.eye(classes, dtype=int)
+    for image in (accuracy_bars(confusion, data.class_counts, data.shot_thresholds, data.classes),
+                  confusion_heatmap(confusion, data.class_counts, data.classes)):
+        assert image.dtype == np.uint8 and image.shape[0] == 3 and image.std() > 20
+
+
+def test_class_balanced_takes_as_many_of_each_class():
+    targets = torch.tensor([0, 0, 0, 1, 2, 2, 1, 0, 2])
+    chosen = class_balanced(targets, 7)
+    assert targets[chosen].bincount().tolist() == [2, 2, 2]
+    assert chosen.tolist() == sorted(chosen.tolist())
