@@ -3,13 +3,15 @@
     python benchmarks/plot_feature_space.py CHECKPOINT [--data_root FOLDER | --toy_data]
 
 CHECKPOINT is a file of any stage, of this project or of the paper's authors. As in the paper's figure, the projection
-is t-SNE, here one for both halves, of at most 100 training and as many test images of each class. Needs scikit-learn.
+is t-SNE, here one for both halves, of at most 100 training and as many test images of each class. Takes a minute.
 """
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,8 +38,35 @@ def get_args_parser():
     return parser
 
 
+def tsne(features, perplexity=30, steps=750):
+    """Exact t-SNE (van der Maaten and Hinton, 2008) of float features (N, D), started from their PCA: float (N, 2)."""
+    n = len(features)
+    squared = torch.cdist(features, features).square()
+    low, high = squared.new_full((n, 1), -10), squared.new_full((n, 1), 20)
+    for _ in range(40):  # bisect for each point's log precision
+        middle = (low + high) / 2
+        p = (-squared * middle.exp()).fill_diagonal_(-torch.inf).softmax(dim=1)
+        too_wide = torch.special.entr(p).sum(dim=1, keepdim=True) > math.log(perplexity)
+        low, high = torch.where(too_wide, middle, low), torch.where(too_wide, high, middle)
+    p = (p + p.T) / (2 * n)
+    torch.manual_seed(0)
+    centred = features - features.mean(dim=0)
+    start = centred @ torch.pca_lowrank(centred, q=2, center=False)[2]
+    points = (1e-4 * start / start.std()).requires_grad_()
+    optimizer = torch.optim.SGD([points], lr=max(n / 48, 50), momentum=0.5)
+    for step in range(steps):
+        if step == steps // 3:
+            optimizer.param_groups[0]["momentum"] = 0.8
+        exaggeration = 12 if step < steps // 3 else 1
+        kernel = 1 / (1 + (points[:, None] - points).square().sum(dim=2))
+        divergence = kernel.fill_diagonal_(0).sum().log() - exaggeration * (p * kernel.fill_diagonal_(1).log()).sum()
+        optimizer.zero_grad()
+        divergence.backward()
+        optimizer.step()
+    return points.detach()
+
+
 def main(args):
-    from sklearn.manifold import TSNE
     checkpoint = load_checkpoint(args.checkpoint, "CHECKPOINT")
     trained = checkpoint["args"] if "stage" in checkpoint["args"] else {}
     for name, otherwise in (("dataset", "cifar10"), ("model", "resnet18"), ("input_size", 32), ("imbalanced_factor", 100)):
@@ -57,7 +86,7 @@ def main(args):
         shown = class_balanced(targets.cpu(), PER_CLASS * args.num_classes)
         features.append(predict(encoder, images[shown], processes, torch.inference_mode, args.input_size).cpu())
         labels.append(targets[shown].cpu())
-    points = TSNE(metric="cosine", random_state=0).fit_transform(torch.cat(features).numpy())
+    points = tsne(F.normalize(torch.cat(features)).to(processes.device)).cpu()
 
     figure, axes = new_figure(11, 5.4)
     axes.remove()

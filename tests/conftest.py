@@ -1,7 +1,10 @@
 import os
 
-import pytest
-import torch
+# Two threads make tiny models several times slower where other processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_configure(config):

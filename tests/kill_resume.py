@@ -2,8 +2,8 @@
 
     python tests/kill_resume.py --kills 20 --stage all
 
-Every kill is a SIGKILL: one half at random moments, start-up included, one half amid the writing of a checkpoint. Runs
-on the CPU in a few minutes. Ends with exit code 1 where weights, optimiser state, log.txt or TensorBoard differ.
+Every kill is a SIGKILL at a random moment: in turn during start-up, amid the writing of a checkpoint, and in an epoch
+after that. Takes a few minutes on the CPU. Exit code 1: weights, optimiser state, log.txt or TensorBoard differ.
 """
 import argparse
 import importlib
@@ -29,6 +29,7 @@ from util.checkpoint import load_checkpoint
 from util.options import launch
 from util.toy_data import ToyCIFAR
 
+TRAINING = "steps an epoch"  # printed just before the first step
 STAGES = ("pretrain_bns", "lineprob_bns", "finetune_ipdpp")
 FLAGS = ["--toy_data", "--model", "test_resnet", "--input_size", "16", "--device", "cpu",
          "--save_freq", "3", "--keep_checkpoints", "2"]
@@ -77,17 +78,22 @@ class Run:
     def __init__(self, stage, folder, *flags, latest_every=0.0, largest_file=-1, environment={}, prepare=dict):
         self.folder, self.console = Path(folder), Path(f"{folder}.console{environment.get('RANK', '')}")
         self.started = time.time_ns()
+        self.said_before = self.console.stat().st_size if self.console.exists() else 0
         flags = [*FLAGS, *STAGE_FLAGS[stage], "--output_dir", str(folder), *map(str, flags)]
         self.process = SERVER.Process(target=run_script, args=(
             stage, flags, self.console, latest_every, largest_file, environment, prepare), daemon=True)
         self.process.start()
 
-    def writes(self):
+    def writes(self, pattern=".*.pth.tmp"):
         """Whether this run is writing a checkpoint right now, or was when it was killed."""
         try:
-            return any(path.stat().st_mtime_ns > self.started for path in self.folder.glob(".*.pth.tmp"))
+            return any(path.stat().st_mtime_ns > self.started for path in self.folder.glob(pattern))
         except FileNotFoundError:  # renamed just now
             return False
+
+    def has_written(self):
+        """Whether this run has written a checkpoint."""
+        return self.writes("*.pth")
 
     def wait_until(self, condition, timeout=120):
         """Wait for `condition()` or the run's end; whether it is still running."""
@@ -98,7 +104,8 @@ class Run:
         return self.process.is_alive()
 
     def says(self, text):
-        return self.console.exists() and text in self.console.read_text()
+        """Whether this run, not one before it in the same folder, has printed `text`."""
+        return self.console.exists() and text in self.console.read_text()[self.said_before:]
 
     def send(self, signum):
         os.kill(self.process.pid, signum)
@@ -152,21 +159,26 @@ def kill_and_resume(stage, folder, extractor, kills, epochs, rng):
     """Compare a run killed `kills` times with one left alone, both in `folder`; says what it did, returns differences."""
     reference, killed = Path(folder) / f"{stage}_reference", Path(folder) / f"{stage}_killed"
     flags, source = ["--epochs", epochs], [extractor] if extractor else []
-    began = time.monotonic()
+    assert Run(stage, Path(folder) / f"{stage}_warm_up", "--epochs", 1).end() == 0
     run = Run(stage, reference, *flags, *["--resume"][:len(source)], *source)
-    run.wait_until(lambda: (reference / "checkpoint-latest.pth").exists())
-    startup = time.monotonic() - began
+    run.wait_until(lambda: run.says(TRAINING))
+    startup = (time.time_ns() - run.started) / 1e9
     assert run.end() == 0, run.console.read_text()
-    epoch_seconds = (time.monotonic() - began - startup) / epochs
+    epoch = ((time.time_ns() - run.started) / 1e9 - startup) / epochs
 
     landed = writing = 0
     for number in range(kills):
         run = Run(stage, killed, *flags, "--resume", "auto", *source)
-        moment = time.monotonic() + rng.uniform(0, startup + epoch_seconds)
+        phase = ("start-up", "writing", "training")[number % 3]
+        if phase == "training":
+            run.wait_until(run.has_written)
+        elif phase == "writing":
+            run.wait_until(lambda: run.says(TRAINING))
+        moment = time.monotonic() + rng.uniform(0, startup if phase == "start-up" else epoch)
         alive = run.wait_until(lambda: time.monotonic() > moment)
-        if alive and number % 2:
+        if alive and phase == "writing":
             alive = run.wait_until(run.writes)
-        landed += run.kill(signal.SIGKILL) == -signal.SIGKILL if alive else 0
+        landed += alive and run.kill(signal.SIGKILL) == -signal.SIGKILL
         writing += run.writes()
     last = Run(stage, killed, *flags, "--resume", "auto", *source)
     assert last.end() == 0, last.console.read_text()

@@ -1,7 +1,6 @@
 """Every kind of bad input ends the real command lines in one line, exit code 2, and with every file as it was."""
 import functools
 import importlib
-import io
 import os
 import pickle
 import subprocess
@@ -74,9 +73,8 @@ def bad(quick, tmp_path_factory):
     (folder / "truncated.pth").write_bytes(whole[:len(whole) // 2])
     (folder / "text.pth").write_text("<html>404</html>\n")
     torch.save(load_checkpoint(folder / PRETRAIN / "checkpoint-0.pth")["model"], folder / "bare.pth")
-    zipped = io.BytesIO()
-    torch.save({"model": {}, "args": Payload(folder / "ran")}, zipped)
-    (folder / "foreign.pth").write_bytes(zipped.getvalue())
+    torch.save({"model": load_checkpoint(folder / FINETUNE / "checkpoint-0.pth")["model"]}, folder / "weights.pth")
+    torch.save({"model": {}, "args": Payload(folder / "ran")}, folder / "foreign.pth")
     (folder / "pickle.pth").write_bytes(pickle.dumps({"model": {}, "args": Payload(folder / "ran")}))
     for name in ("tampered", "cut"):
         batches = folder / name / "cifar-10-batches-py"
@@ -172,6 +170,14 @@ def refuse(name, flags, expected, bad, out, capsys):
 def test_bad_flag_or_file(name, flags, expected, bad, tmp_path, capsys):
     error = refuse(name, f"{' '.join(TOY)} --output_dir {{out}}/run {flags}", expected, bad, tmp_path, capsys)
     assert flags.split()[0] in error or flags.split()[1].format(bad=bad, out=tmp_path) in error
+
+
+@pytest.mark.parametrize("name, flags", [
+    (PRETRAIN, "--batch_size 248"), (LINEPROB, "--num_samples 999 --batch_size 248"), (FINETUNE, "--num_samples 999"),
+    (FINETUNE, "--resume {bad}/weights.pth")])
+def test_unusual_but_good(name, flags, bad, tmp_path):
+    assert run(name, *TOY, "--output_dir", tmp_path, *flags.format(bad=bad).split()) == 0
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device asked for")

@@ -366,3 +366,29 @@ def test_amp_auto_is_bfloat16_where_the_cpu_has_it(monkeypatch):
         assert engine.amp_dtype("auto", cpu) is expected
     assert [engine.amp_dtype(name, cpu) for name in ("bfloat16", "float16", "none")] == [
         torch.bfloat16, torch.float16, None]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["bfloat16", "float16", "none"])
+def test_training_and_evaluation_on_cuda(amp, tmp_path):
+    flags = ["--device", "cuda", "--amp", amp, "--batch_size", 32]
+    run(pretrain, tmp_path / "p", "--epochs", 2, *flags)
+    history = run(finetune, tmp_path / "f", "--epochs", 2, "--resume", final_file(pretrain, tmp_path / "p"), *flags)
+    metrics = run(finetune, tmp_path / "f", "--eval", final_file(finetune, tmp_path / "f"), *flags)
+    assert math.isfinite(history[-1]["train_loss"]) and metrics["acc1"] == history[-1]["test_acc1"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", [pretrain, lineprob, finetune])
+def test_steps_do_not_wait_for_the_gpu(script, tmp_path, monkeypatch):
+    train_one_epoch = engine.train_one_epoch
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return train_one_epoch(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine, "train_one_epoch", watched)
+    run(script, tmp_path, "--epochs", 2, "--batch_size", 32, "--device", "cuda", "--amp", "bfloat16")

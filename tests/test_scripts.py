@@ -63,9 +63,11 @@ README = {
 SHARED = {"imbalanced_factor": 100, "input_size": 32, "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0,
           "accum_iter": 1, "start_epoch": None, "resume": None, "toy_data": False, "amp": "auto", "compile": False}
 EACH = ("epochs", "batch_size", "warmup_epochs", "seed", "save_freq", "jitter_strength")
-DEFAULTS = {"main_cifar10_pretrain_bns": (1000, 1024, 20, 0, 50, 2), "main_cifar10_lineprob_bns": (100, 64, 20, 0, 1, 2),
+DEFAULTS = {"main_cifar10_pretrain_bns": (1000, 1024, 20, 0, 50, 2),
+            "main_cifar10_lineprob_bns": (100, 64, 20, 0, 1, 2),
             "main_cifar10_finetune_ipdpp": (100, 64, 5, 42, 1, 1),
-            "main_cifar100_pretrain_bns": (1000, 512, 20, 0, 50, 2), "main_cifar100_lineprob_bns": (100, 64, 5, 42, 5, 1),
+            "main_cifar100_pretrain_bns": (1000, 512, 20, 0, 50, 2),
+            "main_cifar100_lineprob_bns": (100, 64, 5, 42, 5, 1),
             "main_cifar100_finetune_ipdpp": (100, 64, 5, 42, 5, 1)}
 OF_STAGE = {"pretrain_bns": {"embed_dim": 128, "temperature": 0.5, "bns_form": "published"},
             "lineprob_bns": {"eval": None},

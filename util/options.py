@@ -64,10 +64,11 @@ def common_parser(description):
     model.add_argument("--model", help="timm model whose features are learned")
 
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=AT_LEAST_1)
+    optimisation.add_argument("--epochs", type=AT_LEAST_1, help="passes over the training images")
     optimisation.add_argument("--batch_size", type=AT_LEAST_1, help="images per process and step")
     optimisation.add_argument("--accum_iter", type=AT_LEAST_1, default=1, help="steps whose gradients make one update")
-    optimisation.add_argument("--weight_decay", type=number(float, low=0), default=0.05)
+    optimisation.add_argument("--weight_decay", type=number(float, low=0), default=0.05,
+                              help="AdamW's, on weights only: not on biases and norms")
     optimisation.add_argument("--lr", type=POSITIVE, help="learning rate; unset, --blr * effective batch / 256")
     optimisation.add_argument("--blr", type=POSITIVE, default=1e-3, help="learning rate per 256 images of a batch")
     optimisation.add_argument("--min_lr", type=number(float, low=0), default=0.0, help="learning rate at the end")
@@ -85,7 +86,7 @@ def common_parser(description):
     run.add_argument("--amp", choices=["auto", "bfloat16", "float16", "none"], default="auto",
                      help="precision of the encoder; auto: bfloat16 where the hardware has it, else float32")
     run.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
-    run.add_argument("--seed", type=AT_LEAST_0)
+    run.add_argument("--seed", type=AT_LEAST_0, help="of everything that is random")
     return parser
 
 
@@ -94,7 +95,7 @@ def pretrain_parser(description):
     parser = common_parser(description)
     bns = parser.add_argument_group("balanced negative sampling")
     bns.add_argument("--embed_dim", type=AT_LEAST_1, default=128, help="dimensions of the projections")
-    bns.add_argument("--temperature", type=POSITIVE, default=0.5)
+    bns.add_argument("--temperature", type=POSITIVE, default=0.5, help="divides the cosine similarities")
     bns.add_argument("--bns_form", choices=["published", "eq12"], default="published",
                      help="the loss of the published code, or equation 12 of the paper")
     bns.add_argument("--num_extra_positives", type=AT_LEAST_0, default=4, help="m of equation 12")
