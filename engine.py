@@ -35,7 +35,7 @@ from util.signals import Interrupted, StopSignal
 from util.toy_data import ToyCIFAR
 
 EVAL_BATCH = 500  # whatever --batch_size is, so that the same weights always give the same figures
-EPOCH_END = 0.999  # where an epoch's results are drawn: at 1 they would be taken back when a resumed run goes on from there
+EPOCH_END = 0.999  # where an epoch's results are drawn; a run resumed at the next one takes back what lies at 1
 FIGURES = 10  # evaluations of a run that are drawn, the last one included; TensorBoard shows as many pictures of a tag
 PROJECTED = 1000  # test images in the embedding projector
 SHOWN_CLASSES = 5  # largest classes whose draws are logged
@@ -339,7 +339,7 @@ def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint
 
     def leave(what, epoch, partial=None):
         log.draw("close")
-        processes.from_first(lambda: folder.save(state(epoch, partial), epoch, now=True))  # none leaves before it is saved
+        processes.from_first(lambda: folder.save(state(epoch, partial), epoch, now=True))  # all wait until it is saved
         processes.end()
         raise Interrupted(stop.signum or signal.SIGTERM, f"{what}; add --resume auto to the command to go on from there")
 

@@ -38,7 +38,7 @@ STAGE_FLAGS = {"pretrain_bns": ["--batch_size", "48"], "lineprob_bns": ["--batch
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what it takes back, which is what it should do
 # The server imports everything once, and every run is a fork of it that has the modules but no threads.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["engine", EventAccumulator.__module__])
+SERVER.set_forkserver_preload(["engine", EventAccumulator.__module__, "matplotlib.backends.backend_agg"])
 
 
 class FewImages(ToyCIFAR):
@@ -135,8 +135,8 @@ def tensorboard(folder):
 def differences(folder, reference, stage):
     """What differs between two finished runs, as a list of words; empty where they are the same to the last bit."""
     one, two = (load_checkpoint(Path(run) / f"{stage}_cifar10_if100.pth") for run in (folder, reference))
-    found = [f"{name} of the final checkpoint" for name in ("model", "optimizer", "scaler", "epoch", "history", "subset")
-             if not identical(one[name], two[name])]
+    parts = ("model", "optimizer", "scaler", "epoch", "history", "subset")
+    found = [f"{name} of the final checkpoint" for name in parts if not identical(one[name], two[name])]
     if (Path(folder) / "log.txt").read_bytes() != (Path(reference) / "log.txt").read_bytes():
         found.append("log.txt")
     if sorted(tensorboard(folder), key=str) != sorted(tensorboard(reference), key=str):
@@ -156,7 +156,7 @@ def identical(one, two):
 
 
 def kill_and_resume(stage, folder, extractor, kills, epochs, rng):
-    """Compare a run killed `kills` times with one left alone, both in `folder`; says what it did, returns differences."""
+    """Compare a run killed `kills` times with one left alone, both in `folder`. Returns differences, kills landed."""
     reference, killed = Path(folder) / f"{stage}_reference", Path(folder) / f"{stage}_killed"
     flags, source = ["--epochs", epochs], [extractor] if extractor else []
     assert Run(stage, Path(folder) / f"{stage}_warm_up", "--epochs", 1).end() == 0
@@ -184,8 +184,8 @@ def kill_and_resume(stage, folder, extractor, kills, epochs, rng):
     assert last.end() == 0, last.console.read_text()
     found = differences(killed, reference, stage)
     resumed = last.console.read_text().count("; continuing ")
-    print(f"{stage}: {epochs} epochs, killed {landed} times, {writing} of them amid a write, continued from a checkpoint "
-          f"{resumed} times: " + (f"DIFFERENT: {', '.join(found)}" if found else "identical"), flush=True)
+    print(f"{stage}: {epochs} epochs, killed {landed} times, {writing} of them amid a write, continued from a "
+          f"checkpoint {resumed} times: " + (f"DIFFERENT: {', '.join(found)}" if found else "identical"), flush=True)
     return found, landed
 
 
@@ -205,8 +205,8 @@ def main():
             source = None if stage == "pretrain_bns" else extractor
             different, landed = kill_and_resume(stage, folder, source, args.kills, args.epochs, rng)
             found += different + ["too few kills: try more --epochs"] * (landed < args.kills)
-    print("verdict:", "; ".join(found) if found else "weights, optimiser, log.txt and TensorBoard are the same to the last "
-          "bit as without kills")
+    print("verdict:", "; ".join(found) if found else "weights, optimiser, log.txt and TensorBoard are the same to the "
+          "last bit as without kills")
     sys.exit(bool(found))
 
 

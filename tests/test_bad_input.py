@@ -18,8 +18,8 @@ from util.checkpoint import load_checkpoint
 from util.options import launch
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY = ["--toy_data", "--model", "test_resnet", "--input_size", "16", "--device", "cpu", "--amp", "none", "--epochs", "2",
-       "--batch_size", "60"]
+TOY = ["--toy_data", "--model", "test_resnet", "--input_size", "16", "--device", "cpu", "--amp", "none",
+       "--epochs", "2", "--batch_size", "60"]
 PRETRAIN, LINEPROB, FINETUNE = (f"main_cifar10_{stage}" for stage in ("pretrain_bns", "lineprob_bns", "finetune_ipdpp"))
 PRETRAIN100, LINEPROB100, FINETUNE100 = (name.replace("10", "100") for name in (PRETRAIN, LINEPROB, FINETUNE))
 
@@ -85,11 +85,12 @@ def bad(quick, tmp_path_factory):
 
 FLAGS = {  # each with what the line must name beside the flag
     PRETRAIN: {
-        "--epochs 0": "at least 1", "--epochs -1": "at least 1", "--epochs 1.5": "whole number", "--batch_size 0": "at least 1",
-        "--batch_size -4": "at least 1", "--batch_size 249": "at most 248", "--temperature 0": "above 0",
+        "--epochs 0": "at least 1", "--epochs -1": "at least 1", "--epochs 1.5": "whole number",
+        "--batch_size 0": "at least 1", "--batch_size -4": "at least 1", "--batch_size 249": "at most 248",
+        "--temperature 0": "above 0",
         "--temperature -1": "above 0", "--lr 0": "above 0", "--lr -0.1": "above 0", "--lr nan": "above 0",
-        "--lr inf": "above 0", "--blr 0": "above 0", "--imbalanced_factor 0.5": "at least 1", "--imbalanced_factor 0": "at least 1",
-        "--imbalanced_factor nan": "at least 1", "--imbalanced_factor 501": "500", "--save_freq 0": "at least 1",
+        "--lr inf": "above 0", "--blr 0": "above 0",
+        "--imbalanced_factor 0.5": "at least 1", "--imbalanced_factor 0": "at least 1", "--imbalanced_factor nan": "at least 1", "--imbalanced_factor 501": "500", "--save_freq 0": "at least 1",
         "--accum_iter 0": "at least 1", "--embed_dim 0": "at least 1", "--warmup_epochs 2": "fewer than --epochs 2",
         "--warmup_epochs 9": "fewer than --epochs 2", "--num_classes 100": "expected 10", "--device cuda:x": "cuda:N",
         "--device tpu": "auto, cpu", "--model resnet1": "resnet18", "--model test_vit --input_size 17": "17",
@@ -150,7 +151,8 @@ FILES = {
     },
     FINETUNE100: {"--resume {bad}/%s/checkpoint-0.pth" % FINETUNE: "--dataset cifar10,"},
 }
-CASES = [(name, flags, expected) for table in (FLAGS, FILES) for name in table for flags, expected in table[name].items()]
+CASES = [(name, flags, expected)
+         for table in (FLAGS, FILES) for name in table for flags, expected in table[name].items()]
 
 
 def refuse(name, flags, expected, bad, out, capsys):
@@ -183,11 +185,13 @@ def test_unusual_but_good(name, flags, bad, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device asked for")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_cuda_without_gpu(device, bad, tmp_path, capsys):
-    refuse(PRETRAIN, f"{' '.join(TOY)} --output_dir {{out}}/run --device {device}", "0 CUDA devices", bad, tmp_path, capsys)
+    flags = f"{' '.join(TOY)} --output_dir {{out}}/run --device {device}"
+    refuse(PRETRAIN, flags, "0 CUDA devices", bad, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("root, expected", [("{bad}/nothing", "cifar-10-batches-py"), ("{bad}/tampered", "data_batch_1"),
-                                            ("{bad}/cut", "data_batch_1"), ("{bad}/empty.pth", "empty.pth")])
+@pytest.mark.parametrize("root, expected", [
+    ("{bad}/nothing", "cifar-10-batches-py"), ("{bad}/tampered", "data_batch_1"), ("{bad}/cut", "data_batch_1"),
+    ("{bad}/empty.pth", "empty.pth")])
 @pytest.mark.parametrize("name", [PRETRAIN, FINETUNE])
 def test_bad_cifar(name, root, expected, bad, tmp_path, capsys, monkeypatch):
     def no_network(*args, **kwargs):
@@ -212,9 +216,11 @@ def test_loss_that_is_not_finite(name, tmp_path, capsys):
         assert all(value.isfinite().all() for value in load_checkpoint(path)["model"].values())
 
 
-@pytest.mark.parametrize("name, flags", [(PRETRAIN, "--resume {bad}/foreign.pth"), (FINETUNE, "--eval {bad}/pickle.pth")])
+@pytest.mark.parametrize("name, flags", [
+    (PRETRAIN, "--resume {bad}/foreign.pth"), (FINETUNE, "--eval {bad}/pickle.pth")])
 def test_as_a_user_runs_it(name, flags, bad, tmp_path):
-    command = [sys.executable, f"{name}.py", *TOY, "--output_dir", str(tmp_path / "run"), *flags.format(bad=bad).split()]
+    flags = [*TOY, "--output_dir", str(tmp_path / "run"), *flags.format(bad=bad).split()]
+    command = [sys.executable, f"{name}.py", *flags]
     end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (end.returncode, end.stderr.count("\n")) == (2, 1) and end.stderr.startswith(f"{name}.py: error: ")
     assert not (bad / "ran").exists() and not contents(tmp_path)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from kill_resume import FLAGS, STAGE_FLAGS, Run, differences
 
 import engine
 from util.checkpoint import load_checkpoint
+from util.processes import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = ["--epochs", 2, "--num_samples", 10]
@@ -140,6 +142,24 @@ def test_mistake_is_told_once_and_ends_all(tmp_path):
     first, second = pair("pretrain_bns", tmp_path / "run", "--epochs", 3)
     assert first.end() == second.end() == 2
     assert (first.console.read_text() + second.console.read_text()).count("holds another run") == 1
+
+
+def end_again_and_again():
+    for _ in range(30):
+        processes = Processes("cpu")
+        network = DistributedDataParallel(torch.nn.Linear(4, 4))
+        network(torch.ones(2, 4)).sum().backward()
+        for _ in range(8):
+            processes.sum(torch.ones(100))
+        processes.end()
+        del network
+        del processes
+    sys.exit(0)
+
+
+def test_end_does_not_hang(tmp_path):
+    """Without its reference to the group, it does within a few rounds."""
+    finish(*pair("pretrain_bns", tmp_path, prepare=end_again_and_again))
 
 
 def torchrun(stage, folder, *flags):

@@ -17,7 +17,7 @@ def finish(stage, folder, *flags, code=0, **limits):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("events."))
+    return sorted(path.name for path in folder.iterdir() if path.suffix == ".pth" or path.name == "log.txt")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,8 @@ def test_tensorboard_has_each_epoch_once(tmp_path):
     flags = ["--sampling_freq", 1, "--batch_size", 30, "--resume", "auto"]
     for epochs in (2, 4):
         finish("finetune_ipdpp", tmp_path, *flags, "--epochs", epochs)
-    steps = {tag: [step for other, step, _ in tensorboard(tmp_path) if other == tag] for tag, _, _ in tensorboard(tmp_path)}
+    points = tensorboard(tmp_path)
+    steps = {tag: [step for other, step, _ in points if other == tag] for tag, _, _ in points}
     assert steps["test/acc1"] == [999, 1999, 2999, 3999]
     assert len(steps["train_loss"]) == len(set(steps["train_loss"])) == 4 * 3
     assert steps["train_ipdpp/striped disc/mean_p"] == [0, 2000]  # none in the last epoch, which was epoch 1 at first
@@ -94,9 +95,10 @@ def test_newest_checkpoints_are_kept_and_the_final_file_always(tmp_path):
     final = "lineprob_bns_cifar10_if100.pth"
     assert files(tmp_path) == ["checkpoint-3.pth", "checkpoint-4.pth", final, "log.txt"]
     # Gone back by an epoch, what is written from here on is newer than what has a higher number.
-    finish("lineprob_bns", tmp_path, *flags, "--epochs", 9, "--start_epoch", 1, "--resume", tmp_path / "checkpoint-3.pth")
+    flags += ["--epochs", 9, "--start_epoch", 1]
+    finish("lineprob_bns", tmp_path, *flags, "--resume", tmp_path / "checkpoint-3.pth")
     assert files(tmp_path) == ["checkpoint-7.pth", "checkpoint-8.pth", final, "log.txt"]
-    finish("lineprob_bns", tmp_path / "all", *flags, "--epochs", 5, "--keep_checkpoints", 0)
+    finish("lineprob_bns", tmp_path / "all", "--save_freq", 1, "--epochs", 5, "--keep_checkpoints", 0)
     assert files(tmp_path / "all") == [f"checkpoint-{epoch}.pth" for epoch in range(5)] + [final, "log.txt"]
 
 
@@ -129,8 +131,8 @@ def die_before_second_checkpoint():
 
 
 def test_killed_between_the_two_files_of_the_last_epoch(tmp_path):
-    flags = ["--epochs", 1, "--resume", "auto"]
-    finish("lineprob_bns", tmp_path, *flags, code=-signal.SIGKILL, latest_every=60.0, prepare=die_before_second_checkpoint)
+    flags, killed = ["--epochs", 1, "--resume", "auto"], -signal.SIGKILL
+    finish("lineprob_bns", tmp_path, *flags, code=killed, latest_every=60.0, prepare=die_before_second_checkpoint)
     assert len(list(tmp_path.glob("*.pth"))) == 1
     finish("lineprob_bns", tmp_path, *flags)
     load_checkpoint(tmp_path / "lineprob_bns_cifar10_if100.pth")

@@ -56,7 +56,10 @@ class RunLog:
         self.quiet = quiet
         self.writer = None
         if not quiet:
-            self._try("TensorBoard", lambda: setattr(self, "writer", SummaryWriter(str(log_dir), purge_step=self.x(start))))
+            self._try("TensorBoard", lambda: self._open(str(log_dir), self.x(start)))
+
+    def _open(self, log_dir, purge_step):
+        self.writer = SummaryWriter(log_dir, purge_step=purge_step)
 
     @staticmethod
     def x(epoch):

@@ -25,11 +25,11 @@ class Processes:
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
             raise UserError(f"--device: found '{device}', expected auto, cpu, cuda or cuda:N")
         if kind == "cuda" and int(index or os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-            raise UserError(f"--device: found '{device}', but PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+            raise UserError(f"--device: found '{device}', but PyTorch sees {torch.cuda.device_count()} CUDA devices")
         started = init_distributed_device_so(f"{kind}:{index}" if index else kind)
         self.device = torch.device(started["device"])
         self.rank, self.world_size = started["global_rank"], started["world_size"]
-        # Were DDP the last to let go of its group, as it can be after `end`, PyTorch could wait for ever for its own lock.
+        # DDP must not be the last to let go of its group: PyTorch would free it while it holds a lock, and might hang.
         self._group = dist.group.WORLD if self.world_size > 1 else None
         # Small exchanges between the hosts go around the GPUs, which they would otherwise have to wait for.
         self._hosts = dist.new_group(backend="gloo") if self.world_size > 1 else None
