@@ -1,6 +1,6 @@
 """Draw image/feature-space.png: training and test features of an encoder in two dimensions, classes coloured.
 
-    python benchmarks/plot_feature_space.py CHECKPOINT [--data_root FOLDER | --toy_data]
+    python benchmarks/plot_feature_space.py CHECKPOINT --data_root FOLDER | --toy_data
 
 CHECKPOINT is a file of any stage, of this project or of the paper's authors. As in the paper's figure, the projection
 is t-SNE, here one for both halves, of at most 100 training and as many test images of each class. Takes a minute.
@@ -27,8 +27,9 @@ PER_CLASS = 100
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--data_root", help="folder that holds CIFAR")
-    parser.add_argument("--toy_data", action="store_true")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data_root", help="folder that holds CIFAR")
+    data.add_argument("--toy_data", action="store_true")
     parser.add_argument("--dataset", choices=["cifar10", "cifar100"], help="unset, the checkpoint's, or cifar10")
     parser.add_argument("--model", help="timm model; unset, the checkpoint's, or resnet18")
     parser.add_argument("--input_size", type=int, help="unset, the checkpoint's, or 32")
@@ -80,8 +81,8 @@ def main(args):
     encoder.to(processes.device)
 
     features, labels = [], []
-    for train in (True, False):
-        dataset = load_data(args, processes, train)
+    sets = [load_data(args, processes, train) for train in (True, False)]
+    for dataset in sets:
         images, targets = on_device(dataset, processes.device)
         shown = class_balanced(targets.cpu(), PER_CLASS * args.num_classes)
         features.append(predict(encoder, images[shown], processes, torch.inference_mode, args.input_size).cpu())
@@ -92,14 +93,13 @@ def main(args):
     axes.remove()
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for panel, title, xy, half in zip(panels, ("training", "test"), (points[:len(labels[0])], points[len(labels[0]):]), labels):
-        for c, name in enumerate(dataset.classes):
-            colour = f"C{c}" if args.num_classes <= 10 else None
-            panel.scatter(*xy[half == c].T, s=8, linewidths=0, color=colour, label=name)
+        for c, (name, count) in enumerate(zip(sets[0].classes, sets[0].class_counts)):
+            panel.scatter(*xy[half == c].T, s=8, linewidths=0, color=f"C{c % 10}", label=f"{name}, {count:,} images")
         panel.set(title=f"{title} images", xticks=[], yticks=[])
     if args.num_classes <= 10:
         handles, names = panels[1].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper", markerscale=3, frameon=False)
-    data = f"toy data like {args.dataset}" if args.toy_data else f"{args.dataset}"
+    data = "toy data like " * args.toy_data + args.dataset
     figure.suptitle(f"t-SNE of {trained.get('stage', 'published')} features, {data}, imbalance factor {args.imbalanced_factor:g}")
     figure.savefig(args.out, dpi=110)
     print(f"wrote {args.out}")
