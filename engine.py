@@ -195,6 +195,8 @@ def prepare(args):
     args.warmup_epochs = int(args.warmup_epochs)
     if args.warmup_epochs >= args.epochs:
         raise UserError(f"--warmup_epochs: found {args.warmup_epochs}, expected fewer than --epochs {args.epochs}")
+    if (args.start_epoch or 0) >= args.epochs:
+        raise UserError(f"--start_epoch: found {args.start_epoch}, expected less than --epochs {args.epochs}")
     classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
     if args.num_classes != classes:
         raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
