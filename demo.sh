@@ -18,7 +18,7 @@ python main_cifar10_finetune_ipdpp.py "${common[@]}" --ipdpp_sampler none --epoc
 plain=$!
 trap 'kill $plain 2> /dev/null || true' EXIT
 
-run python main_cifar10_pretrain_bns.py "${common[@]}" --epochs 24 --warmup_epochs 4 --batch_size 64 --lr 3e-3 \
+run python main_cifar10_pretrain_bns.py "${common[@]}" --epochs 24 --warmup_epochs 5 --batch_size 64 --lr 2e-3 \
     --temperature 0.2 --output_dir $out/pretrain_bns
 extractor=$(ls $out/pretrain_bns/pretrain_bns_*.pth)
 run python main_cifar10_lineprob_bns.py "${common[@]}" --resume "$extractor" --num_samples 20 --epochs 40 \

@@ -39,7 +39,8 @@ EPOCH_END = 0.999  # where an epoch's results are drawn; a run resumed at the ne
 FIGURES = 10  # evaluations of a run that are drawn, the last one included; TensorBoard shows as many pictures of a tag
 PROJECTED = 1000  # test images in the embedding projector
 SHOWN_CLASSES = 5  # largest classes whose draws are logged
-SAME_RUN = ("dataset", "toy_data", "imbalanced_factor", "num_classes", "model", "input_size", "embed_dim")
+DATA = ("dataset", "toy_data", "imbalanced_factor")
+SAME_RUN = (*DATA, "num_classes", "model", "input_size", "embed_dim")
 MAY_CHANGE = ("epochs", "batch_size", "accum_iter", "lr", "blr", "min_lr", "warmup_epochs", "weight_decay", "seed",
               "jitter_strength", "temperature", "bns_form", "num_extra_positives", "num_samples", "sampling_freq",
               "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "amp")
@@ -121,7 +122,10 @@ def train_classifier(args):
         if stage_of(checkpoint) == "pretrain_bns":
             weights = {name[4:]: value for name, value in checkpoint["model"].items() if name.startswith("enc.")}
             load_weights(model.enc, weights, f"--resume {path}")
-            say(processes, f"starting from the extractor {path}")
+            other = [f"--{name} {checkpoint['args'][name]}" for name in DATA
+                     if checkpoint["args"].get(name, getattr(args, name)) != getattr(args, name)]
+            say(processes, f"starting from the extractor {path}"
+                + f", which, unlike this run, was trained with {' '.join(other)}" * bool(other))
             checkpoint = None
         else:
             check_same_run(args, checkpoint, path, processes)

@@ -188,6 +188,16 @@ def test_chain_on_100_classes(tmp_path):
         assert len(metrics["per_class"]) == 100 and metrics["acc1"] == last["test_acc1"]
 
 
+@pytest.mark.parametrize("factor", [12.5, 100])
+def test_extractor_trained_at_another_factor_is_named(factor, tmp_path, capsys):
+    run("main_cifar10_pretrain_bns", "--output_dir", tmp_path / "p", "--epochs", 1, "--batch_size", 512)
+    run("main_cifar10_lineprob_bns", "--resume", tmp_path / "p" / "pretrain_bns_cifar10_if100.pth", "--epochs", 1,
+        "--num_samples", 2, "--imbalanced_factor", factor, "--output_dir", tmp_path / "l")
+    line, = re.findall("starting from the extractor .*", capsys.readouterr().out)
+    assert line.endswith("unlike this run, was trained with --imbalanced_factor 100") == (factor != 100)
+    assert line.endswith("pretrain_bns_cifar10_if100.pth") == (factor == 100)
+
+
 def test_imbalance_factor_names_the_final_file(tmp_path):
     run("main_cifar10_lineprob_bns", "--output_dir", tmp_path, "--imbalanced_factor", 12.5, "--epochs", 1,
         "--num_samples", 2)
