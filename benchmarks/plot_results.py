@@ -3,7 +3,8 @@
     python benchmarks/plot_results.py results/FOLDER
 
 FOLDER holds one log.txt per run as VARIANT-seed<number>.txt. Mean and sample standard deviation over the seeds, in
-percent, at the last epoch; the figure, FOLDER/accuracy.png, has the overall test accuracy against the epoch.
+percent, at the last epoch; the figure, FOLDER/accuracy.png, has the overall test accuracy against
+the share of the run's epochs, whose number differs between variants.
 """
 import argparse
 import json
@@ -21,7 +22,7 @@ from util.figures import new_figure  # noqa: E402
 GROUPS = {"many": "test_many", "medium": "test_medium", "few": "test_few", "overall": "test_acc1"}
 
 
-def read_studies(folder):
+def read_runs(folder):
     """Runs of each variant: dict from its name to a list of lists of the epochs that were evaluated (dicts)."""
     runs = defaultdict(list)
     for path in sorted(folder.glob("*-seed*.txt")):
@@ -37,26 +38,26 @@ def percent(record, key):
 
 
 def main(args):
-    runs = read_studies(args.folder)
+    runs = read_runs(args.folder)
     if not runs:
         sys.exit(f"plot_results.py: found no VARIANT-seed<number>.txt in {args.folder}, expected the logs of a study")
     print(f"| {'variant':26} | runs | epochs | {' | '.join(f'{name:11}' for name in GROUPS)} |")
     print("|---|---|---|" + "---|" * len(GROUPS))
     order = sorted(runs, key=lambda name: -np.mean([run[-1]["test_acc1"] for run in runs[name]]))
+    epochs = {name: runs[name][0][-1]["epoch"] + 1 for name in order}
     for name in order:
         cells = []
         for key in GROUPS.values():
             values = [percent(run[-1], key) for run in runs[name]]
             cells.append(f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""))
-        print(f"| {name:26} | {len(runs[name])} | {runs[name][0][-1]['epoch'] + 1} | "
+        print(f"| {name:26} | {len(runs[name])} | {epochs[name]} | "
               + " | ".join(f"{cell:11}" for cell in cells) + " |")
 
     figure, axes = new_figure(8, 4.5)
     for name in order:
-        # As a share of the run, since variants train for different numbers of epochs.
-        progress = [(record["epoch"] + 1) / (runs[name][0][-1]["epoch"] + 1) for record in runs[name][0]]
+        progress = [(record["epoch"] + 1) / epochs[name] for record in runs[name][0]]
         accuracy = np.array([[record["test_acc1"] for record in run] for run in runs[name]])
-        line, = axes.plot(progress, accuracy.mean(0), ".-", label=f"{name}, {runs[name][0][-1]['epoch'] + 1} epochs")
+        line, = axes.plot(progress, accuracy.mean(0), ".-", label=f"{name}, {epochs[name]} epochs")
         axes.fill_between(progress, accuracy.min(0), accuracy.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="share of the run's epochs", ylabel="overall test accuracy, %", title=args.folder.name)
     axes.grid(alpha=0.3)
