@@ -45,3 +45,4 @@ for folder, name in (("cross_entropy", "plain cross-entropy"), ("lineprob_bns", 
           f"{last['test_acc1'] / 100:8.3f}")
 END
 echo; echo "curves and pictures: tensorboard --logdir $out"
+echo "next, on real images: python main_cifar10_pretrain_bns.py --data_root FOLDER (downloads CIFAR-10 where it is missing)"

@@ -122,7 +122,7 @@ def train_classifier(args):
         if stage_of(checkpoint) == "pretrain_bns":
             weights = {name[4:]: value for name, value in checkpoint["model"].items() if name.startswith("enc.")}
             load_weights(model.enc, weights, f"--resume {path}")
-            other = [f"--{name} {checkpoint['args'][name]}" for name in DATA
+            other = [f"{name} {checkpoint['args'][name]}" for name in DATA
                      if checkpoint["args"].get(name, getattr(args, name)) != getattr(args, name)]
             say(processes, f"starting from the extractor {path}"
                 + f", which, unlike this run, was trained with {' '.join(other)}" * bool(other))

@@ -194,7 +194,7 @@ def test_extractor_trained_at_another_factor_is_named(factor, tmp_path, capsys):
     run("main_cifar10_lineprob_bns", "--resume", tmp_path / "p" / "pretrain_bns_cifar10_if100.pth", "--epochs", 1,
         "--num_samples", 2, "--imbalanced_factor", factor, "--output_dir", tmp_path / "l")
     line, = re.findall("starting from the extractor .*", capsys.readouterr().out)
-    assert line.endswith("unlike this run, was trained with --imbalanced_factor 100") == (factor != 100)
+    assert line.endswith("unlike this run, was trained with imbalanced_factor 100") == (factor != 100)
     assert line.endswith("pretrain_bns_cifar10_if100.pth") == (factor == 100)
 
 
