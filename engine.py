@@ -29,7 +29,7 @@ from util.ip_dpp import class_stream, draw, inclusion_probabilities
 from util.logs import Progress, RunLog
 from util.metrics import classification_metrics, confusion_matrix
 from util.options import Unset
-from util.processes import Processes
+from util.processes import Processes, keep_freed_memory
 from util.run_folder import RunFolder
 from util.signals import Interrupted, StopSignal
 from util.toy_data import ToyCIFAR
@@ -192,6 +192,8 @@ def train_classifier(args):
 def prepare(args):
     """Check what flags say together, start the processes. Returns them and a factory of autocast contexts."""
     processes = Processes(args.device)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     if isinstance(args.warmup_epochs, Unset) and args.warmup_epochs >= args.epochs:
         say(processes, f"--warmup_epochs: the default of {args.warmup_epochs} does not fit --epochs {args.epochs}, "
             f"so {args.epochs // 5} it is")

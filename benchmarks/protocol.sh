@@ -2,12 +2,13 @@
 # The runs behind a table of RESULTS.md: stage 1 with both forms of its loss, probes of the encoders and of a random one,
 # every variant of stage 2 from the same encoder, and plain cross-entropy.
 #     bash benchmarks/protocol.sh cifar10 FOLDER_OF_CIFAR results/NAME [flags for every script]   (paths without spaces)
-# The schedules are the scripts' own unless the variables below hold other flags; SEEDS are those of all but stage 1.
+# The schedules are the scripts' own unless the variables below hold other flags; FORMS are stage 1's, each run with its
+# default seed, SEEDS those of everything else.
 set -euo pipefail
 dataset=$1 data=$2 results=$3
 shift 3
 : "${BNS:=}" "${PROBE:=}" "${FINETUNE:=}" "${NO_SAMPLING:=$FINETUNE}" "${CROSS_ENTROPY:=}"
-: "${SEEDS:=42 43 44}" "${CROSS_ENTROPY_SEEDS:=$SEEDS}"
+: "${FORMS:=published eq12}" "${SEEDS:=42 43 44}" "${CROSS_ENTROPY_SEEDS:=$SEEDS}"
 out=output_dir/$results
 mkdir -p "$results"
 
@@ -22,7 +23,7 @@ run() {  # run NAME STAGE EXTRACTOR FLAGS: train, or go on where an earlier try 
     echo "$name: $* ($((SECONDS - began)) s)" >> "$results/commands"
 }
 
-for form in published eq12; do
+for form in $FORMS; do
     bns=bns_$form
     run $bns-seed0 pretrain_bns "" "$@" $BNS --bns_form $form
     extractor=$out/$bns-seed0/pretrain_bns_${dataset}_if100.pth

@@ -1,6 +1,7 @@
 """Two processes over gloo against one, with the environment of torchrun, of SLURM, and under torchrun itself."""
 import functools
 import os
+import platform
 import re
 import signal
 import socket
@@ -16,7 +17,7 @@ from kill_resume import FLAGS, STAGE_FLAGS, Run, differences
 
 import engine
 from util.checkpoint import load_checkpoint
-from util.processes import Processes
+from util.processes import Processes, keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = ["--epochs", 2, "--num_samples", 10]
@@ -193,3 +194,22 @@ def test_torchrun_stopped_and_resumed_ends_as_left_alone(tmp_path):
     assert load_checkpoint(tmp_path / "stopped" / "checkpoint-latest.pth")["partial"]
     finish(*pair("lineprob_bns", tmp_path / "stopped", *flags, "--resume", "auto"))
     assert differences(tmp_path / "stopped", tmp_path / "reference", "lineprob_bns") == []
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_not_faulted_in_again():
+    program = """
+import ctypes, resource
+from util.processes import keep_freed_memory
+keep_freed_memory()
+libc, size = ctypes.CDLL(None), 2**26
+libc.malloc.restype = ctypes.c_void_p
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(40):
+    block = ctypes.c_void_p(libc.malloc(size))
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / size)
+"""
+    fresh = float(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT))
+    assert fresh < 2, "all but the first of the 40 blocks are memory that an earlier one freed"

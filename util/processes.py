@@ -1,5 +1,7 @@
-"""One process or many (torchrun, SLURM): who this one is, and the few exchanges that the stages need."""
+"""One process or many (torchrun, SLURM): who this one is, its heap, and the few exchanges that the stages need."""
+import ctypes
 import os
+import platform
 
 import torch
 import torch.distributed as dist
@@ -77,3 +79,14 @@ class Processes:
             dist.destroy_process_group()
 
 
+def keep_freed_memory():
+    """Have freed memory kept for this process, and not given back to the system, where the C library is glibc.
+
+    A training step on the CPU frees what the next one allocates again, gigabytes of activations, and the system zeroes
+    each page anew: a third of the time of a step (benchmarks/bench_pretrain.py).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # glibc's malloc.h: M_TRIM_THRESHOLD, where -1 means never, and M_MMAP_MAX
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
