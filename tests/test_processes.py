@@ -17,7 +17,7 @@ from kill_resume import FLAGS, STAGE_FLAGS, Run, differences
 
 import engine
 from util.checkpoint import load_checkpoint
-from util.processes import Processes, keep_freed_memory
+from util.processes import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = ["--epochs", 2, "--num_samples", 10]
@@ -200,8 +200,8 @@ def test_torchrun_stopped_and_resumed_ends_as_left_alone(tmp_path):
 def test_freed_memory_is_not_faulted_in_again():
     program = """
 import ctypes, resource
-from util.processes import keep_freed_memory
-keep_freed_memory()
+import engine, main_cifar10_pretrain_bns as script
+engine.prepare(script.get_args_parser().parse_args(["--device", "cpu"]))
 libc, size = ctypes.CDLL(None), 2**26
 libc.malloc.restype = ctypes.c_void_p
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
