@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
@@ -27,7 +28,7 @@ from util.figures import accuracy_bars, class_balanced, confusion_heatmap
 from util.imbalanced_cifar import ImbalanceCIFAR10, ImbalanceCIFAR100
 from util.ip_dpp import class_stream, draw, inclusion_probabilities
 from util.logs import Progress, RunLog
-from util.metrics import classification_metrics, confusion_matrix
+from util.metrics import KNNClassifier, adjust_logits, classification_metrics, confusion_matrix, log_class_shares
 from util.options import Unset
 from util.processes import Processes, keep_freed_memory
 from util.run_folder import RunFolder
@@ -35,25 +36,47 @@ from util.signals import Interrupted, StopSignal
 from util.toy_data import ToyCIFAR
 
 EVAL_BATCH = 500  # whatever --batch_size is, so that the same weights always give the same figures
+GROUPS = ("many", "medium", "few")
 EPOCH_END = 0.999  # where an epoch's results are drawn; a run resumed at the next one takes back what lies at 1
 FIGURES = 10  # evaluations of a run that are drawn, the last one included; TensorBoard shows as many pictures of a tag
 PROJECTED = 1000  # test images in the embedding projector
 SHOWN_CLASSES = 5  # largest classes whose draws are logged
 DATA = ("dataset", "toy_data", "imbalanced_factor")
+OF_CHECKPOINT = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
 SAME_RUN = (*DATA, "num_classes", "model", "input_size", "embed_dim")
 MAY_CHANGE = ("epochs", "batch_size", "accum_iter", "lr", "blr", "min_lr", "warmup_epochs", "weight_decay", "seed",
               "jitter_strength", "temperature", "bns_form", "num_extra_positives", "num_samples", "sampling_freq",
-              "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "amp")
+              "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "loss", "amp")
 
 
 def pretrain(args):
     """Stage 1: train encoder and projector with BNS on two views of each image (paper, section 4)."""
     processes, autocast = prepare(args)
+    if args.eval:
+        evaluated = checkpoint_to_evaluate(args, processes)
     train_set = load_data(args, processes, train=True)
-    check_batch_size(args, processes, len(train_set))
+    test_set = load_data(args, processes, train=False)
     images, labels = on_device(train_set, processes.device)
+    test_images, test_labels = on_device(test_set, processes.device)
+
+    def measure(encoder):
+        """Figures of the kNN classifier on an encoder's features."""
+        features = predict(encoder, images, processes, autocast, args.input_size)
+        queries = predict(encoder, test_images, processes, autocast, args.input_size)
+        votes = predict(KNNClassifier(features, labels, args.num_classes), queries, processes, autocast, args.input_size)
+        metrics = classification_metrics(votes.cpu(), test_labels.cpu(), train_set.class_counts, train_set.shot_thresholds)
+        report_shots("* kNN", metrics, processes)
+        return {f"knn_{name}": metrics[name] for name in ("acc1", *GROUPS)}
 
     torch.manual_seed(args.seed)
+    if args.eval:
+        encoder = create_encoder(args.model, args.input_size)
+        load_encoder(encoder, evaluated, f"--eval {args.eval}")
+        metrics = measure(encoder.to(processes.device, memory_format=torch.channels_last))
+        processes.end()
+        return metrics
+
+    check_batch_size(args, processes, len(train_set))
     model = BNSNetwork(create_encoder(args.model, args.input_size), args.embed_dim)
     model.to(processes.device, memory_format=torch.channels_last)
     checkpoint, path = find_checkpoint(args, processes)
@@ -79,8 +102,13 @@ def pretrain(args):
         views = torch.stack([augment(pixels, generator) for _ in range(2)], dim=1)
         log.image("input/two views of each image, side by side", views.flatten(0, 1).cpu(), 0)
 
+    def evaluate(epoch, log):
+        figures = measure(model.enc)
+        log.scalars({name.replace("_", "/"): value for name, value in figures.items() if value is not None}, epoch + EPOCH_END)
+        return figures
+
     return fit(args, processes, model, batch_loss, len(images), lambda epoch, previous, log: (everything, {}),
-               checkpoint, path, drop_last=True, describe=first_views)
+               checkpoint, path, evaluate, drop_last=True, describe=first_views)
 
 
 def train_classifier(args):
@@ -88,9 +116,16 @@ def train_classifier(args):
     probing = args.stage == "lineprob_bns"
     sampler = "uniform" if probing else args.ipdpp_sampler
     processes, autocast = prepare(args)
+    if args.eval:
+        evaluated = checkpoint_to_evaluate(args, processes)
+        sampler = "uniform" if probing else args.ipdpp_sampler
     train_set = load_data(args, processes, train=True)
     test_set = load_data(args, processes, train=False)
     counts = train_set.class_counts
+    trained_counts = counts if sampler == "none" else np.minimum(counts, args.num_samples)
+    adjusts_in_training = not probing and args.loss == "logit_adjusted"
+    tau = 0 if adjusts_in_training else args.logit_adjustment
+    log_shares = log_class_shares(trained_counts).float().to(processes.device)
     test_images, test_labels = on_device(test_set, processes.device)
     test_labels = test_labels.cpu()
 
@@ -100,15 +135,20 @@ def train_classifier(args):
 
     def measure(network, inputs):
         logits = predict(network, inputs, processes, autocast, args.input_size).cpu()
-        return classification_metrics(logits, test_labels, counts, train_set.shot_thresholds), logits
+        metrics = classification_metrics(logits, test_labels, counts, train_set.shot_thresholds)
+        report(metrics, len(test_labels), processes)
+        if tau:
+            adjusted = classification_metrics(
+                adjust_logits(logits, trained_counts, tau), test_labels, counts, train_set.shot_thresholds)
+            report_shots(f"* logit-adjusted (tau {tau:g}):", adjusted, processes)
+            metrics |= {f"adjusted_{name}": adjusted[name] for name in ("acc1", *GROUPS)}
+        return metrics, logits
 
     if args.eval:
-        checkpoint = load_checkpoint(args.eval, "--eval")
-        check_stage(args, checkpoint, f"--eval {args.eval}", [args.stage], strict="stage" in checkpoint["args"])
-        load_weights(model, checkpoint["model"], f"--eval {args.eval}")
+        check_stage(args, evaluated, f"--eval {args.eval}", [args.stage], strict="stage" in evaluated["args"])
+        load_weights(model, evaluated["model"], f"--eval {args.eval}")
         metrics, _ = measure(model, test_images)
         if processes.first:
-            report(metrics, len(test_labels))
             print("accuracy per class, in order of training images: "
                   + " ".join(f"{fraction:.3f}" for fraction in metrics["per_class"]))
         processes.end()
@@ -120,8 +160,7 @@ def train_classifier(args):
     if checkpoint:
         check_stage(args, checkpoint, f"--resume {path}", ["pretrain_bns", args.stage])
         if stage_of(checkpoint) == "pretrain_bns":
-            weights = {name[4:]: value for name, value in checkpoint["model"].items() if name.startswith("enc.")}
-            load_weights(model.enc, weights, f"--resume {path}")
+            load_encoder(model.enc, checkpoint, f"--resume {path}")
             other = [f"{name} {checkpoint['args'][name]}" for name in DATA
                      if checkpoint["args"].get(name, getattr(args, name)) != getattr(args, name)]
             say(processes, f"starting from the extractor {path}"
@@ -142,33 +181,37 @@ def train_classifier(args):
         views = augment(images[batch], torch.default_generator).contiguous(memory_format=torch.channels_last)
         with autocast():
             logits = network(views)
+        if adjusts_in_training:
+            logits = logits + log_shares
         return F.cross_entropy(logits, labels[batch])
 
     def choose_images(epoch, previous, log):
         if sampler == "none":
             return torch.arange(len(images)), {}
-        due = not probing and epoch % args.sampling_freq == 0 and epoch < args.epochs - 1
+        due = not probing and (epoch + 1) % args.sampling_freq == 0 and epoch < args.epochs - 1
         if previous is not None and not due:
             return previous, {}
-        log_p = np.zeros(len(images))
+        log_p, margins = np.zeros(len(images)), np.zeros(len(images))
         cut = np.flatnonzero(counts[train_set.targets] > args.num_samples)
         if len(cut) and not probing:
-            log_p[cut] = true_label_log_probabilities(
-                predict(model, images[cut], processes, autocast, args.input_size), labels[cut])
+            logits = predict(model, images[cut], processes, autocast, args.input_size)
+            log_p[cut] = true_label_log_probabilities(logits, labels[cut])
+            margins[cut] = true_label_margins(logits, labels[cut])
         drawn = processes.from_first(lambda: draw_balanced(
             log_p, np.asarray(train_set.targets), args.num_samples, args.seed, epoch, sampler,
             getattr(args, "ipdpp_kernel", "paper"), getattr(args, "mcmc_steps", 1)))
         if probing or not processes.first:
             return torch.from_numpy(drawn), {}
-        return torch.from_numpy(drawn), log_draw(args, log, epoch, train_set, log_p, drawn, previous)
+        return torch.from_numpy(drawn), log_draw(args, log, epoch, train_set, log_p, margins, drawn, previous)
 
     def evaluate(epoch, log):
         metrics, logits = measure(*measured)
         if processes.first:
-            report(metrics, len(test_labels))
             log.scalars({f"test/{name}": metrics[name] for name in ("acc1", "acc5", "loss")}, epoch + EPOCH_END)
-            log.scalars({f"test_shots/{name}": metrics[name] for name in ("many", "medium", "few")
+            log.scalars({f"test_shots/{name}": metrics[name] for name in GROUPS
                          if metrics[name] is not None}, epoch + EPOCH_END)
+            log.scalars({name.replace("adjusted_", "test_adjusted/"): value for name, value in metrics.items()
+                         if name.startswith("adjusted_") and value is not None}, epoch + EPOCH_END)
             if (args.epochs - 1 - epoch) % math.ceil(args.epochs / FIGURES) == 0:
                 confusion = confusion_matrix(logits, test_labels)
                 bars = accuracy_bars(confusion, counts, train_set.shot_thresholds, train_set.classes)
@@ -258,6 +301,33 @@ def find_checkpoint(args, processes):
     return (load_checkpoint(wanted[0]), Path(wanted[0])) if wanted else (None, None)
 
 
+def checkpoint_to_evaluate(args, processes):
+    """The checkpoint of --eval. Flags about it that the user did not give take its values, in `args`."""
+    checkpoint = load_checkpoint(args.eval, "--eval")
+    taken, trained = [], checkpoint["args"]
+    if args.given & {"data_root", "toy_data"} and bool(trained.get("toy_data")) != args.toy_data:
+        args.given.add("toy_data")
+    for name in OF_CHECKPOINT:
+        if trained.get(name) is None or not hasattr(args, name) or trained[name] == getattr(args, name):
+            continue
+        if name in args.given:
+            say(processes, f"--{name} {getattr(args, name)} wins over {trained[name]}, with which {args.eval} was trained")
+        elif name != "model" or timm.is_model(trained[name]):
+            taken.append(f"{name} {trained[name]}")
+            setattr(args, name, trained[name])
+    if taken:
+        say(processes, f"from the checkpoint: {', '.join(taken)}")
+    return checkpoint
+
+
+def load_encoder(encoder, checkpoint, source):
+    """Copy the weights of a checkpoint's encoder, whatever its stage, into `encoder`."""
+    weights = {name[4:]: value for name, value in checkpoint["model"].items() if name.startswith("enc.")}
+    if not weights:
+        raise UserError(f"{source} holds no encoder, expected weights whose names begin with 'enc.'")
+    load_weights(encoder, weights, source)
+
+
 def check_stage(args, checkpoint, source, expected, strict=True):
     """Refuse a checkpoint of a stage that is not `expected`; unless `strict`, any with a linear layer will do."""
     stage = stage_of(checkpoint)
@@ -342,7 +412,7 @@ def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint
 
     def state(epoch, partial=None):
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
-                "scaler": scaler.state_dict(), "args": vars(args), "history": history, "subset": subset,
+                "scaler": scaler.state_dict(), "args": {name: value for name, value in vars(args).items() if name != "given"}, "history": history, "subset": subset,
                 "partial": partial}
 
     def leave(what, epoch, partial=None):
@@ -373,12 +443,14 @@ def fit(args, processes, model, batch_loss, per_epoch, choose_images, checkpoint
                            "curves": {name: values.cpu() for name, values in means.items()}}
                 leave(f"stopped in epoch {epoch} after step {done} of {steps}", epoch - 1, partial)
             last = epoch == args.epochs - 1
-            record = {"epoch": epoch, "train_loss": train_loss, "train_lr": optimizer.param_groups[0]["lr"], **record}
+            record = {"epoch": epoch, "train_loss": train_loss, "train_lr": optimizer.param_groups[0]["lr"],
+                      "train_images": min(per_epoch, steps * global_batch), **record}
             progress.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {record['train_lr']:.6f}  {speed:,.0f} images/s")
             if evaluate and (last or (epoch + 1) % args.eval_freq == 0):
                 record.update(evaluate(epoch, log))
-                best = max(r.get("test_acc1", 0) for r in [*history, record])
-                progress.say(f"Max accuracy: {best:.2f}%")
+                best = max(r.get("test_acc1", -1) for r in [*history, record])
+                if best >= 0:
+                    progress.say(f"Max accuracy: {best:.2f}%")
             history.append(record)
             log_epoch(log, epoch, means, speed, device)
             log.write_history(history)
@@ -500,6 +572,13 @@ def true_label_log_probabilities(logits, labels):
     return log_probabilities.gather(1, labels[:, None])[:, 0].cpu().numpy()
 
 
+def true_label_margins(logits, labels):
+    """The true label's logit minus the largest other, float64 (N,) in NumPy, of logits (N, C): below 0 where wrong."""
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return (own[:, 0] - others.amax(1)).double().cpu().numpy()
+
+
 def draw_balanced(log_p, targets, num_samples, seed, epoch, sampler, kernel, mcmc_steps):
     """At most `num_samples` images of each class: ascending int64 indices.
 
@@ -518,7 +597,7 @@ def draw_balanced(log_p, targets, num_samples, seed, epoch, sampler, kernel, mcm
     return np.concatenate(chosen)
 
 
-def log_draw(args, log, epoch, train_set, log_p, drawn, previous):
+def log_draw(args, log, epoch, train_set, log_p, margins, drawn, previous):
     """Show what was drawn of the largest classes, in TensorBoard and as a dict for log.txt."""
     targets, record = np.asarray(train_set.targets), []
     for c in np.argsort(-train_set.class_counts, kind="stable")[:SHOWN_CLASSES]:
@@ -526,7 +605,10 @@ def log_draw(args, log, epoch, train_set, log_p, drawn, previous):
         if len(members) <= args.num_samples:
             continue
         mine = np.intersect1d(drawn, members)
-        figures = {"mean_p": float(np.exp(log_p[members]).mean()), "drawn_mean_p": float(np.exp(log_p[mine]).mean())}
+        left = np.setdiff1d(members, drawn)
+        figures = {"mean_p": float(np.exp(log_p[members]).mean()), "drawn_mean_p": float(np.exp(log_p[mine]).mean()),
+                   "left_mean_p": float(np.exp(log_p[left]).mean()),
+                   "drawn_margin": float(margins[mine].mean()), "left_margin": float(margins[left].mean())}
         if previous is not None:
             figures["changed"] = len(np.setdiff1d(mine, previous))
         if args.ipdpp_sampler != "uniform":
@@ -543,12 +625,21 @@ def log_draw(args, log, epoch, train_set, log_p, drawn, previous):
 # ---------------------------------------------------------------------------------------------- reports
 
 
-def report(metrics, num_images):
-    """Print an evaluation in the lines that users of the published code know."""
+def report(metrics, num_images, processes):
+    """Print an evaluation in the lines that users of the published code know, by the first process."""
+    if not processes.first:
+        return
     print(f"* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
     print(f"Accuracy of the network on the {num_images} test images: {metrics['acc1']:.1f}%")
     print("* " + " ".join(f"{name.capitalize()}-Shot Acc@1 " + ("none" if metrics[name] is None else f"{metrics[name]:.3f}")
-                          for name in ("many", "medium", "few")), flush=True)
+                          for name in GROUPS), flush=True)
+
+
+def report_shots(title, metrics, processes):
+    """Print overall and shot accuracy in one line, by the first process."""
+    shots = " ".join(f"{name.capitalize()}-Shot " + ("none" if metrics[name] is None else f"{metrics[name]:.3f}")
+                     for name in GROUPS)
+    say(processes, f"{title} Acc@1 {metrics['acc1']:.3f} {shots}")
 
 
 def log_epoch(log, epoch, curves, speed, device):

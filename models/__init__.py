@@ -6,6 +6,7 @@ import torch
 from timm.models import is_model_in_modules
 from torch import nn
 
+import models.cifar_resnet  # noqa: F401  registers the CIFAR ResNets with timm
 from util.errors import UserError
 
 
@@ -14,7 +15,8 @@ def create_encoder(name, input_size=32):
 
     timm's ResNets get the stem of the CIFAR literature, a 3x3 convolution of stride 1 and no pooling (paper,
     section 5), and are initialised He-normal (fan out), the last norm of each block at 1, not 0. Any other
-    model is taken as it is; where timm lets it choose its image size, `input_size` (pixels) is passed.
+    model is taken as it is, the CIFAR ResNets of `models.cifar_resnet` among them; where timm lets it choose its image
+    size, `input_size` (pixels) is passed.
 
     Returns:
         Module from (N, 3, input_size, input_size) to (N, num_features), with the attribute `num_features`.

@@ -258,7 +258,7 @@ def test_draw_balanced(sampler):
 
 
 @pytest.mark.parametrize("epochs, sampling_freq, expected", [
-    (5, 2, [0, 2]), (4, 1, [0, 1, 2]), (1, 10, [0]), (3, 10, [0])])
+    (5, 2, [0, 1, 3]), (6, 3, [0, 2]), (4, 1, [0, 1, 2]), (1, 10, [0]), (3, 10, [0])])
 def test_redraw_schedule(epochs, sampling_freq, expected, tmp_path, monkeypatch):
     draws, used = spy(monkeypatch, "draw_balanced"), spy(monkeypatch, "epoch_batches")
     run(finetune, tmp_path, "--epochs", epochs, "--sampling_freq", sampling_freq, "--num_samples", 5)
@@ -272,7 +272,7 @@ def test_redraw_schedule(epochs, sampling_freq, expected, tmp_path, monkeypatch)
 def test_draws_see_the_current_model_on_clean_images(tmp_path, monkeypatch):
     draws = spy(monkeypatch, "draw_balanced")
     run(finetune, tmp_path, "--epochs", 4, "--sampling_freq", 2, "--num_samples", 5, "--batch_size", 20, "--blr", 0.1,
-        "--save_freq", 1)
+        "--warmup_epochs", 0, "--save_freq", 1, "--keep_checkpoints", 0)
     train_set, targets = FewImages(10), torch.tensor(FewImages(10).targets)
     images = F.interpolate(torch.from_numpy(train_set.data).permute(0, 3, 1, 2) / 255, size=(16, 16), mode="bilinear",
                            antialias=True)
@@ -280,8 +280,8 @@ def test_draws_see_the_current_model_on_clean_images(tmp_path, monkeypatch):
     model = Classifier(create_encoder("test_resnet", 16), 10).eval()
     cut = (train_set.class_counts > 5)[targets]
     for args, _ in draws:
-        if args[4] == 2:
-            load_weights(model, load_checkpoint(tmp_path / "checkpoint-1.pth")["model"], "checkpoint-1.pth")
+        if args[4] == 1:
+            load_weights(model, load_checkpoint(tmp_path / "checkpoint-0.pth")["model"], "checkpoint-0.pth")
         with torch.no_grad():
             log_p = F.log_softmax(model(images), 1)[torch.arange(len(targets)), targets].numpy()
         np.testing.assert_allclose(args[0][cut], log_p[cut], atol=1e-4)
@@ -311,26 +311,31 @@ def test_eval_repeats_the_last_epoch_exactly(script, amp, tmp_path, capsys):
     before, last = run(script, tmp_path, "--epochs", 2, "--num_samples", 10, *flags)
     trained = capsys.readouterr().out
     metrics = run(script, tmp_path, "--eval", final_file(script, tmp_path), *flags)
-    evaluated = capsys.readouterr().out
+    taken, *evaluated = capsys.readouterr().out.splitlines()
+    assert taken == "from the checkpoint: num_samples 10"
     assert {name: value for name, value in last.items() if name.startswith("test_")} == {
         f"test_{name}": value for name, value in metrics.items()}
     assert last["test_loss"] != before["test_loss"]
     lines = [line for line in trained.splitlines() if re.match(r"\* |Accuracy of the network", line)]
-    assert len(lines) == 6 and lines[-3:] == evaluated.splitlines()[:3]
+    assert len(lines) == 8 and lines[-4:] == evaluated[:4]
     percent, fraction = r"\d+\.\d{3}", r"[01]\.\d{3}"
     assert re.fullmatch(rf"\* Acc@1 {percent} Acc@5 {percent} loss {percent}", lines[0])
     assert re.fullmatch(r"Accuracy of the network on the 100 test images: \d+\.\d%", lines[1])
     shots = " ".join(rf"{name}-Shot Acc@1 {fraction}" for name in ("Many", "Medium", "Few"))
     assert re.fullmatch(rf"\* {shots}", lines[2])
+    shots = " ".join(rf"{name}-Shot {fraction}" for name in ("Many", "Medium", "Few"))
+    assert re.fullmatch(rf"\* logit-adjusted \(tau 1\): Acc@1 {percent} {shots}", lines[3])
     best = max(before["test_acc1"], last["test_acc1"])
     assert re.findall(r"^Max accuracy: (.*)$", trained, re.M) == [f"{before['test_acc1']:.2f}%", f"{best:.2f}%"]
 
 
 def test_log_holds_one_object_per_epoch(tmp_path):
-    always = {"epoch", "train_loss", "train_lr"}
+    always = {"epoch", "train_loss", "train_lr", "train_images"}
     tested = {f"test_{name}" for name in ("acc1", "acc5", "loss", "many", "medium", "few", "per_class")}
+    tested |= {f"test_adjusted_{name}" for name in ("acc1", "many", "medium", "few")}
+    knn = {f"knn_{name}" for name in ("acc1", "many", "medium", "few")}
     for script, flags, expected in (
-            (pretrain, [], [always] * 3),
+            (pretrain, ["--eval_freq", 2], [always, always | knn, always | knn]),
             (lineprob, ["--eval_freq", 2], [always, always | tested, always | tested]),
             (finetune, ["--num_samples", 5, "--sampling_freq", 1],
              [always | tested | {"drawn"}, always | tested | {"drawn"}, always | tested])):

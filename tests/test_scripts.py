@@ -61,7 +61,7 @@ README = {
 
 # The paper's recipe: the flags that all scripts share, then those of each.
 SHARED = {"imbalanced_factor": 100, "input_size": 32, "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0,
-          "accum_iter": 1, "start_epoch": None, "resume": None, "toy_data": False, "amp": "auto", "compile": False}
+          "accum_iter": 1, "start_epoch": None, "resume": None, "toy_data": False, "amp": "auto", "compile": False, "eval": None}
 EACH = ("epochs", "batch_size", "warmup_epochs", "seed", "save_freq", "jitter_strength")
 DEFAULTS = {"main_cifar10_pretrain_bns": (1000, 1024, 20, 0, 50, 2),
             "main_cifar10_lineprob_bns": (100, 64, 20, 0, 1, 2),
@@ -69,9 +69,10 @@ DEFAULTS = {"main_cifar10_pretrain_bns": (1000, 1024, 20, 0, 50, 2),
             "main_cifar100_pretrain_bns": (1000, 512, 20, 0, 50, 2),
             "main_cifar100_lineprob_bns": (100, 64, 5, 42, 5, 1),
             "main_cifar100_finetune_ipdpp": (100, 64, 5, 42, 5, 1)}
-OF_STAGE = {"pretrain_bns": {"embed_dim": 128, "temperature": 0.5, "bns_form": "published"},
-            "lineprob_bns": {"eval": None},
-            "finetune_ipdpp": {"eval": None, "ipdpp_kernel": "paper", "ipdpp_sampler": "exact"}}
+OF_STAGE = {"pretrain_bns": {"embed_dim": 128, "temperature": 0.5, "bns_form": "published", "eval_freq": 25},
+            "lineprob_bns": {"eval_freq": 1, "logit_adjustment": 1},
+            "finetune_ipdpp": {"eval_freq": 1, "logit_adjustment": 1, "loss": "cross_entropy",
+                               "ipdpp_kernel": "paper", "ipdpp_sampler": "exact"}}
 DRAWN = {"main_cifar10_lineprob_bns": {"num_samples": 100}, "main_cifar100_lineprob_bns": {"num_samples": 50},
          "main_cifar10_finetune_ipdpp": {"num_samples": 500, "sampling_freq": 10},
          "main_cifar100_finetune_ipdpp": {"num_samples": 50, "sampling_freq": 20}}
@@ -122,7 +123,7 @@ def test_help_shows_groups_and_defaults(script, capsys, monkeypatch):
         assert f"\n{group}\n" in text
     entries = {re.match(r"\w+", entry).group(): entry for entry in text.split("\n  --")[1:]}
     for name, default in parse(script).items():
-        if name not in ("stage", "dataset"):
+        if name not in ("stage", "dataset", "given"):
             assert default is None or f"(default: {default})" in entries[name], name
 
 

@@ -55,14 +55,16 @@ def hyperparameters(events):
 
 
 TRAINING = {"train_loss", "lr", "train/gradient_norm", "train/images_per_second", "train/peak_memory_gib"}
-TESTING = {"test/acc1", "test/acc5", "test/loss", "test_shots/many", "test_shots/medium", "test_shots/few"}
+TESTING = {"test/acc1", "test/acc5", "test/loss", "test_shots/many", "test_shots/medium", "test_shots/few",
+           "test_adjusted/acc1", "test_adjusted/many", "test_adjusted/medium", "test_adjusted/few"}
+KNN = {"knn/acc1", "knn/many", "knn/medium", "knn/few"}
 DRAWING = {f"train_ipdpp/{name}/{figure}" for name in CLASSES[:5]
-           for figure in ("mean_p", "drawn_mean_p", "changed", "max_inclusion", "min_inclusion")}
+           for figure in ("mean_p", "drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin", "changed", "max_inclusion", "min_inclusion")}
 FIGURES = {"test/accuracy per class", "test/confusion"}
 
 
 def test_tags_of_each_stage(pretraining, probing, finetuning):
-    assert set(pretraining.Tags()["scalars"]) == TRAINING
+    assert set(pretraining.Tags()["scalars"]) == TRAINING | KNN
     assert set(probing.Tags()["scalars"]) == TRAINING | TESTING
     assert set(finetuning.Tags()["scalars"]) == TRAINING | TESTING | DRAWING
     assert set(pretraining.Tags()["images"]) == {"input/two views of each image, side by side"}
@@ -78,6 +80,7 @@ def test_steps_are_thousandths_of_an_epoch(pretraining, probing, finetuning):
         assert [step // 1000 for step in steps(events, "lr")] == [epoch for epoch in range(EPOCHS) for _ in range(batches)]
         assert steps(events, "train/images_per_second") == [999, 1999, 2999]
     assert steps(finetuning, "test/acc1") == steps(finetuning, "test_shots/few") == [999, 1999, 2999]
+    assert steps(pretraining, "knn/acc1") == [2999]  # --eval_freq 25, and the last epoch
     assert steps(probing, "test/acc1") == [1999, 2999]  # --eval_freq 2, and the last epoch
     assert steps(finetuning, "train_ipdpp/striped disc/mean_p") == [0, 1000]  # none in the last epoch
 

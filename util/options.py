@@ -14,12 +14,26 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=Formatter)
 
+    def parse_args(self, args=None, namespace=None):
+        """Parse; `given` of the result names the flags that the user gave, whatever their values."""
+        parsed = super().parse_args(args, namespace)
+        parsed.given = set(vars(super().parse_args(args, WithoutDefaults())))
+        return parsed
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
+
+
+class WithoutDefaults(argparse.Namespace):
+    """A namespace that claims to have every flag already, so that argparse sets no default in it."""
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class Unset(int):
@@ -82,6 +96,9 @@ def common_parser(description):
     run.add_argument("--save_freq", "-sf", type=AT_LEAST_1, help="epochs between numbered checkpoints")
     run.add_argument("--keep_checkpoints", type=AT_LEAST_0, default=3, help="numbered checkpoints to keep; 0: all")
     run.add_argument("--start_epoch", type=AT_LEAST_0, help="first epoch; unset, the one after the checkpoint's")
+    run.add_argument("--eval", metavar="FILE", help="evaluate this checkpoint and stop; what it was trained on and with "
+                     "(data, factor, model, ...) is taken from it, unless a flag says otherwise")
+    run.add_argument("--eval_freq", type=AT_LEAST_1, help="epochs between evaluations on the test set")
     run.add_argument("--device", default="auto", help="auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:N")
     run.add_argument("--amp", choices=["auto", "bfloat16", "float16", "none"], default="auto",
                      help="precision of the encoder; auto: bfloat16 where the hardware has it, else float32")
@@ -101,6 +118,7 @@ def pretrain_parser(description):
     bns.add_argument("--num_extra_positives", type=AT_LEAST_0, default=4, help="m of equation 12")
     parser.add_argument("--resume", nargs="+", metavar="FILE",
                         help="checkpoint to continue from; auto: the newest of --output_dir, if there is one")
+    parser.set_defaults(eval_freq=25)
     return parser
 
 
@@ -110,8 +128,10 @@ def classifier_parser(description):
     parser.add_argument("--resume", nargs="+", metavar="FILE",
                         help="pretrained extractor to start from, or checkpoint of this stage to continue from; auto: "
                         "the newest of --output_dir, if there is one (auto FILE: else FILE)")
-    parser.add_argument("--eval", metavar="FILE", help="evaluate this checkpoint and stop")
-    parser.add_argument("--eval_freq", type=AT_LEAST_1, default=1, help="epochs between evaluations on the test set")
+    parser.add_argument("--logit_adjustment", type=number(float, low=0), default=1.0, metavar="TAU",
+                        help="evaluate also with logits minus TAU times the log of each class's share of the images "
+                        "trained on (Menon et al., 2021); 0: do not")
+    parser.set_defaults(eval_freq=1)
     parser.add_argument("--num_samples", type=AT_LEAST_1, help="training images drawn per class, at most")
     return parser
 
@@ -119,8 +139,11 @@ def classifier_parser(description):
 def finetune_parser(description):
     """The flags of stage 2."""
     parser = classifier_parser(description)
+    parser.add_argument("--loss", choices=["cross_entropy", "logit_adjusted"], default="cross_entropy",
+                        help="logit_adjusted: cross-entropy of logits plus the log of each class's share of the images "
+                        "trained on; predictions are then not adjusted again")
     ip_dpp = parser.add_argument_group("information-preservable DPP")
-    ip_dpp.add_argument("--sampling_freq", type=AT_LEAST_1, help="epochs between draws")
+    ip_dpp.add_argument("--sampling_freq", type=AT_LEAST_1, help="draw anew before each 0-based epoch e with (e + 1) %% this == 0")
     ip_dpp.add_argument("--ipdpp_sampler", choices=["exact", "mcmc", "uniform", "none"], default="exact",
                         help="exact k-DPP; DPPy's exchange chain; plain random undersampling; no undersampling at all")
     ip_dpp.add_argument("--ipdpp_kernel", choices=["paper", "published"], default="paper",
