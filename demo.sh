@@ -36,13 +36,16 @@ import sys
 from pathlib import Path
 
 out, seed = sys.argv[1:]
-print(f"\n{'test accuracy on toy images, seed ' + seed:42}{'many':>8}{'medium':>8}{'few':>8}{'overall':>9}")
+print(f"\n{'test accuracy on toy images, seed ' + seed:54}{'many':>8}{'medium':>8}{'few':>8}{'overall':>9}")
 for folder, name in (("cross_entropy", "plain cross-entropy"), ("lineprob_bns", "stage 1, linear layer on frozen features"),
                      ("finetune_ipdpp", "stages 1 and 2")):
     last = json.loads((Path(out) / folder / "log.txt").read_text().splitlines()[-1])
-    shots = [last[f"test_{group}"] for group in ("many", "medium", "few")]
-    print(f"{name:42}", *(f"{'none' if shot is None else format(shot, '.3f'):>7}" for shot in shots),
-          f"{last['test_acc1'] / 100:8.3f}")
+    for prefix, suffix in (("test_", ""), ("test_adjusted_", ", adjusted")):
+        shots = [last.get(prefix + group) for group in ("many", "medium", "few")]
+        if prefix + "acc1" in last:
+            print(f"{name + suffix:54}", *(f"{'none' if shot is None else format(shot, '.3f'):>7}" for shot in shots),
+                  f"{last[prefix + 'acc1'] / 100:8.3f}")
+print("adjusted: logits less the log of each class's share of the images trained on")
 END
 echo; echo "curves and pictures: tensorboard --logdir $out"
 echo "next, on real images: python main_cifar10_pretrain_bns.py --data_root FOLDER (downloads CIFAR-10 where it is missing)"

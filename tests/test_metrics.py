@@ -5,7 +5,10 @@ import pytest
 import torch
 from timm.utils import accuracy
 
-from util.metrics import classification_metrics, confusion_matrix, shot_groups
+from models import create_encoder
+from util.imbalanced_cifar import ImbalanceCIFAR10, ImbalanceCIFAR100
+from util.metrics import (KNNClassifier, adjust_logits, classification_metrics, confusion_matrix, log_class_shares,
+                          shot_groups)
 
 # three classes with 600, 300 and 100 training images; of their test images 2 of 2, 1 of 3 and 0 of 1 are right
 LOGITS = torch.tensor([[2., 0., 0.], [5., 1., 0.], [0., 3., 1.], [4., 0., 0.], [0., 0., 2.], [0., 1., 0.]])
@@ -78,3 +81,82 @@ def test_half_precision_logits_give_an_exact_loss():
 def test_shapes_that_disagree_are_refused(logits, targets, counts):
     with pytest.raises(ValueError, match="class_counts"):
         classification_metrics(logits, targets, counts, THRESHOLDS)
+
+
+def test_adjusted_logits_by_hand():
+    logits = torch.tensor([[2.0, 1.0, 0.0, 9.0], [0.0, 0.0, 0.0, 0.0], [3.0, 3.0, -1.0, 5.0]])
+    counts = [80, 16, 4, 0]  # shares 0.8, 0.16 and 0.04, and a class without images
+    adjusted = adjust_logits(logits, counts)
+    expected = [[2 - math.log(0.8), 1 - math.log(0.16), -math.log(0.04)],
+                [-math.log(0.8), -math.log(0.16), -math.log(0.04)],
+                [3 - math.log(0.8), 3 - math.log(0.16), -1 - math.log(0.04)]]
+    np.testing.assert_allclose(adjusted[:, :3], expected, atol=1e-6)
+    assert (adjusted[:, 3] == -torch.inf).all()
+    # 2.223, 2.833 and 3.219: class 2; ties of logits go to the rarest class, 2, and of the second tie to class 1.
+    assert adjusted.argmax(1).tolist() == [2, 2, 1]
+    assert adjust_logits(logits, counts, tau=0.5).argmax(1).tolist() == [0, 2, 1]  # 2.112, 1.916, 1.609 at first
+    assert torch.equal(adjust_logits(logits, counts, tau=0)[:, :3], logits[:, :3])
+    assert (adjust_logits(logits, counts, tau=0)[:, 3] == -torch.inf).all(), "never predicted"
+
+
+def test_equal_adjusted_logits_go_to_the_first_class():
+    logits, counts = torch.tensor([[math.log(3), 0.0]]), [75, 25]
+    assert adjust_logits(logits.double(), counts)[0].tolist() == pytest.approx([math.log(4), math.log(4)])
+    metrics = classification_metrics(adjust_logits(torch.zeros(2, 2), [50, 50]), torch.tensor([0, 1]), [600, 100], THRESHOLDS)
+    assert (metrics["acc1"], metrics["many"], metrics["few"]) == (50, 1, 0)
+
+
+def test_training_on_shifted_logits_and_predicting_on_adjusted_ones_undo_each_other():
+    """Cross-entropy of logits plus log share is that of logits whose adjustment gives them back (Menon et al., eq. 10)."""
+    logits, counts = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), [70, 20, 10]
+    torch.testing.assert_close(adjust_logits(logits + log_class_shares(counts), counts), logits)
+
+
+def knn_by_loops(features, labels, queries, num_classes, k, temperature):
+    votes = []
+    for query in queries.tolist():
+        similarities = []
+        for feature, label in zip(features.tolist(), labels.tolist()):
+            dot = sum(a * b for a, b in zip(query, feature))
+            norms = math.sqrt(sum(a * a for a in query)) * math.sqrt(sum(b * b for b in feature))
+            similarities.append((dot / norms, label))
+        vote = [0.0] * num_classes
+        for similarity, label in sorted(similarities, reverse=True)[:k]:
+            vote[label] += math.exp(similarity / temperature) / (labels == label).sum().item()
+        votes.append(vote)
+    return votes
+
+
+@pytest.mark.parametrize("k", [1, 7, 200])
+def test_knn_equals_loops(k):
+    generator = torch.Generator().manual_seed(k)
+    labels = torch.tensor([0] * 30 + [1] * 8 + [2] * 2)  # no image of class 3
+    features = torch.randn(40, 5, generator=generator) + torch.eye(5)[labels]
+    queries = torch.randn(20, 5, generator=generator)
+    votes = KNNClassifier(features, labels, 4, k=k)(queries)
+    expected = knn_by_loops(features, labels, queries, 4, k, 0.1)
+    np.testing.assert_allclose(votes, expected, rtol=1e-4)
+    assert votes.argmax(1).tolist() == [max(range(4), key=vote.__getitem__) for vote in expected]
+
+
+def test_knn_votes_in_float32_under_autocast():
+    features, labels = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 5
+    knn = KNNClassifier(features, labels, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(knn(features), KNNClassifier(features, labels, 5).float()(features))
+        assert knn(features.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dataset", [ImbalanceCIFAR10, ImbalanceCIFAR100])
+def test_knn_of_real_images_equals_loops(dataset, cifar_root):
+    train, test = dataset(cifar_root), dataset(cifar_root, train=False)
+    rng = np.random.default_rng(0)
+    mine, asked = rng.choice(len(train.data), 300, replace=False), rng.choice(len(test.data), 40, replace=False)
+    encoder = create_encoder("test_resnet").eval()
+    with torch.no_grad():
+        features, queries = (encoder(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
+                             for images in (train.data[mine], test.data[asked]))
+    labels = torch.tensor(train.targets)[mine]
+    votes = KNNClassifier(features, labels, train.num_classes)(queries)
+    expected = knn_by_loops(features, labels, queries, train.num_classes, 200, 0.1)
+    assert votes.argmax(1).tolist() == [max(range(train.num_classes), key=vote.__getitem__) for vote in expected]

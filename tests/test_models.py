@@ -1,6 +1,8 @@
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import BNSNetwork, Classifier, create_encoder
 from util.errors import UserError
@@ -94,3 +96,49 @@ def test_logits_are_float32_under_autocast():
     expected = F.linear(features.bfloat16().double(), linear.weight.double(), linear.bias.double())
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("depth, parameters, multiply_adds", [
+    (20, 269_722, 40.6e6), (32, 464_154, 68.9e6), (56, 853_018, 125.5e6)])
+def test_size_of_the_cifar_resnets(depth, parameters, multiply_adds):
+    model = timm.create_model(f"cifar_resnet{depth}", num_classes=10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    with FlopCounterMode(display=False) as counter:
+        model(random_images(1))
+    assert counter.get_total_flops() / 2 == pytest.approx(multiply_adds, rel=1e-2)
+
+
+def cifar_resnet_by_functions(weights, x, blocks):
+    def norm(x, name):
+        parts = (weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *parts)
+
+    x = F.relu(norm(F.conv2d(x, weights["conv1.weight"], padding=1), "bn1"))
+    for group in (1, 2, 3):
+        for block in range(blocks):
+            name, stride = f"layer{group}.{block}", 2 if group > 1 and block == 0 else 1
+            y = F.relu(norm(F.conv2d(x, weights[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.bn1"))
+            y = norm(F.conv2d(y, weights[f"{name}.conv2.weight"], padding=1), f"{name}.bn2")
+            if stride == 2:
+                zeros = torch.zeros(len(x), x.shape[1] // 2, *y.shape[2:])
+                x = torch.cat((zeros, F.avg_pool2d(x, 1, stride=2), zeros), dim=1)
+            x = F.relu(x + y)
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+@pytest.mark.parametrize("depth", [20, 32])
+def test_cifar_resnet_equals_one_written_with_functions(depth):
+    encoder = create_encoder(f"cifar_resnet{depth}")
+    for _ in range(3):  # batch statistics other than those of a new model
+        encoder(random_images(16, seed=1))
+    sizes = []
+    for group in (encoder.layer1, encoder.layer2, encoder.layer3):
+        group.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[1:])))
+    images = random_images(4)
+    with torch.no_grad():
+        features = encoder.eval()(images)
+    assert features.shape == (4, 64) and encoder.num_features == 64
+    assert sizes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    expected = cifar_resnet_by_functions(encoder.state_dict(), images, (depth - 2) // 6)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    assert features.std(0).min() > 1e-3, "the features must depend on the images"
