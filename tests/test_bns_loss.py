@@ -19,7 +19,7 @@ def batch(num_images, num_labels, dim=6, seed=0, dtype=torch.float64):
 
 
 def log_sigmoid(x):
-    return -torch.log(1 + torch.exp(-x))
+    return -torch.logaddexp(torch.zeros_like(x), -x)
 
 
 def unit(vector):
@@ -74,6 +74,41 @@ def test_loss_and_gradient_are_those_of_the_formula(form, num_images, num_labels
     torch.testing.assert_close(loss, expected, atol=1e-9, rtol=0)
     gradients = torch.autograd.grad(loss, (emb_i, emb_j))
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (emb_i, emb_j)), atol=1e-9, rtol=0)
+
+
+def clusters(num_images, num_labels, num_outliers=16, dim=128, seed=0):
+    """Float32 features close to the centre of their label; the first images are outliers, each of its own label."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_labels, (num_images,), generator=generator)
+    centres = torch.randn(num_labels, dim, generator=generator)
+    emb = centres[labels] + 0.2 * torch.randn(2, num_images, dim, generator=generator)
+    emb[:, :num_outliers] = torch.randn(2, num_outliers, dim, generator=generator)
+    labels[:num_outliers] = num_labels + torch.arange(num_outliers)
+    return emb, labels
+
+
+def published_by_masks(emb, labels, temperature):
+    rows, labels = torch.cat((*emb / emb.norm(dim=-1, keepdim=True),)), labels.repeat(2)
+    similarity = torch.exp(rows @ rows.T / temperature)
+    is_negative = labels[:, None] != labels
+    is_positive = ~is_negative & ~torch.eye(len(rows), dtype=torch.bool)
+    positive = (similarity * is_positive).sum(1) / is_positive.sum(1)
+    negative = (similarity * is_negative).sum(1) / len(rows)
+    return -(log_sigmoid(positive) + log_sigmoid(-negative)).mean()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.1, 0.05, 0.03])
+def test_float32_keeps_the_negatives_at_low_temperatures(temperature):
+    emb, labels = clusters(512, 10)
+    exact = emb.double().requires_grad_()
+    expected = published_by_masks(exact, labels, temperature)
+    expected.backward()
+    loss = BNSLoss(temperature)(*emb.requires_grad_(), labels)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, atol=0, rtol=1e-5)
+    # Of every image, since outliers have smaller gradients, and theirs hold positives that are not saturated.
+    error = (emb.grad - exact.grad).norm(dim=-1) / exact.grad.norm(dim=-1)
+    assert error.max() < 1e-5
 
 
 def test_published_loss_of_two_equal_views_by_hand():

@@ -70,11 +70,12 @@ class BNSLoss(nn.Module):
 
     def _published(self, z_i: Tensor, z_j: Tensor, labels: Tensor) -> Tensor:
         z, labels = torch.cat((z_i, z_j)), labels.repeat(2)
-        similarity = (z / self.temperature @ z.T).fill_diagonal_(-torch.inf).exp()
-        same_label = (labels[:, None] == labels).to(similarity.dtype)
-        positives = torch.linalg.vecdot(similarity, same_label)
-        negatives = similarity.sum(1) - positives
-        mean_positive = positives / (same_label.sum(1) - 1)
+        same_label = labels[:, None] == labels
+        num_positives = same_label.sum(1) - 1
+        similarity = (z / self.temperature @ z.T).fill_diagonal_(-torch.inf).exp_()
+        # Each sum adds up its own terms: at low temperatures the negatives are less than the rounding of the positives.
+        mean_positive = torch.where(same_label, similarity, 0).sum(1) / num_positives
+        negatives = torch.where(same_label, 0, similarity).sum(1)
         return -(F.logsigmoid(mean_positive) + F.logsigmoid(-negatives / len(z))).mean()
 
     def _eq12(self, q: Tensor, v: Tensor, labels: Tensor) -> Tensor:
