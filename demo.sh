@@ -1,31 +1,34 @@
 #!/usr/bin/env bash
 # Both stages, probing and evaluation on toy images, beside plain cross-entropy training that sees as many images.
-#     bash demo.sh                     SEED=1 bash demo.sh --device cpu   (flags go to every script)
+#     bash demo.sh                     SEED=1 bash demo.sh --device cpu   (flags go to every script and win over its own)
 # A tiny ResNet, weak colour jitter and a low temperature let it learn something within minutes on two CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")"
 out=output_dir/demo
 mkdir -p $out
-common=(--toy_data --model test_resnet --jitter_strength 0.25 --overwrite --save_freq 1000 --seed "${SEED:-0}" "$@")
+common=(--toy_data --model test_resnet --jitter_strength 0.25 --save_freq 1000 --seed "${SEED:-0}")
+given=("$@")
 run() { echo; echo "+ $*"; "$@"; }
+newest() { ls -t "$@" | head -n 1; }  # another --imbalanced_factor leaves files of other names
 
 # The two trainings run side by side with half of the cores each: batches this small gain little from more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + 1) / 2 ))}
 # Stage 1 passes two views of 1,216 images through the network 24 times and stage 2 166 images 100 times, together
 # 74,968. Plain training does as much in 61 epochs of 1,236.
 python main_cifar10_finetune_ipdpp.py "${common[@]}" --ipdpp_sampler none --epochs 61 --warmup_epochs 4 \
-    --batch_size 32 --lr 2e-3 --eval_freq 10 --output_dir $out/cross_entropy > $out/cross_entropy.txt 2>&1 &
+    --batch_size 32 --lr 2e-3 --eval_freq 10 --overwrite --output_dir $out/cross_entropy "${given[@]}" \
+    > $out/cross_entropy.txt 2>&1 &
 plain=$!
 trap 'kill $plain 2> /dev/null || true' EXIT
 
 run python main_cifar10_pretrain_bns.py "${common[@]}" --epochs 24 --warmup_epochs 5 --batch_size 64 --lr 2e-3 \
-    --temperature 0.2 --output_dir $out/pretrain_bns
-extractor=$(ls $out/pretrain_bns/pretrain_bns_*.pth)
+    --temperature 0.2 --overwrite --output_dir $out/pretrain_bns "${given[@]}"
+extractor=$(newest $out/pretrain_bns/pretrain_bns_*.pth)
 run python main_cifar10_lineprob_bns.py "${common[@]}" --resume "$extractor" --num_samples 20 --epochs 40 \
-    --warmup_epochs 2 --batch_size 32 --lr 1e-2 --eval_freq 10 --output_dir $out/lineprob_bns
+    --warmup_epochs 2 --batch_size 32 --lr 1e-2 --eval_freq 10 --overwrite --output_dir $out/lineprob_bns "${given[@]}"
 run python main_cifar10_finetune_ipdpp.py "${common[@]}" --resume "$extractor" --num_samples 20 --epochs 100 \
-    --warmup_epochs 4 --batch_size 32 --lr 2e-3 --eval_freq 10 --output_dir $out/finetune_ipdpp
-run python main_cifar10_finetune_ipdpp.py "${common[@]}" --eval "$(ls $out/finetune_ipdpp/finetune_ipdpp_*.pth)"
+    --warmup_epochs 4 --batch_size 32 --lr 2e-3 --eval_freq 10 --overwrite --output_dir $out/finetune_ipdpp "${given[@]}"
+run python main_cifar10_finetune_ipdpp.py --eval "$(newest $out/finetune_ipdpp/finetune_ipdpp_*.pth)"
 
 echo; echo "waiting for plain training, which writes to $out/cross_entropy.txt"
 wait $plain || { tail -n 5 $out/cross_entropy.txt; echo "demo.sh: plain training failed"; exit 1; }

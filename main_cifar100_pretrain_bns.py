@@ -2,24 +2,21 @@
 
     python main_cifar100_pretrain_bns.py --imbalanced_factor 100 --data_root /mnt/data/cifar100
 
-The last epoch also writes pretrain_bns_cifar100_if<factor>.pth, which the later stages take as --resume.
+The recipe is that of main_cifar10_pretrain_bns.py with the defaults below. The last epoch also writes
+pretrain_bns_cifar100_if<factor>.pth, which the later stages take as --resume.
 """
-from engine import pretrain
-from util.options import Unset, pretrain_parser, launch
+from main_cifar10_pretrain_bns import get_args_parser as cifar10_parser
+from main_cifar10_pretrain_bns import main
+from util.options import launch
 
 
 def get_args_parser():
-    parser = pretrain_parser(__doc__)
+    parser = cifar10_parser()
+    parser.description = __doc__
     parser.set_defaults(
-        stage="pretrain_bns", dataset="cifar100", num_classes=100, data_root="/mnt/data/cifar100", model="resnet34",
-        output_dir="./output_dir/cifar100/pretrain_bns_cifar100",
-        epochs=1000, batch_size=512, warmup_epochs=Unset(20), jitter_strength=2.0,
-        save_freq=50, seed=0)
+        dataset="cifar100", data_root="/mnt/data/cifar100", num_classes=100, model="resnet34",
+        output_dir="./output_dir/cifar100/pretrain_bns_cifar100", batch_size=512)
     return parser
-
-
-def main(args):
-    return pretrain(args)
 
 
 if __name__ == "__main__":

@@ -3,25 +3,110 @@ r"""Stage 2 on CIFAR-10-LT: fine-tune the features of stage 1 on subsets drawn b
     python main_cifar10_finetune_ipdpp.py --imbalanced_factor 100 --data_root /mnt/data/cifar10 \
         --resume output_dir/cifar10/pretrain_bns_cifar10/pretrain_bns_cifar10_if100.pth
 
-With --eval FILE it evaluates a fine-tuned checkpoint instead. Without --resume it starts from a random encoder;
-with --ipdpp_sampler none besides, it is plain cross-entropy training.
+Classes of more than --num_samples images are cut to that number. Images that the classifier gets wrong are drawn more
+often. Encoder and classifier are trained on the drawn images, and every --sampling_freq epochs they draw anew.
+
+With --eval FILE it evaluates a checkpoint instead. Without --resume it starts from a random encoder; with
+--ipdpp_sampler none besides, it is plain training on all images.
 """
-from engine import train_classifier
-from util.options import Unset, finetune_parser, launch
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+
+from engine import evaluate, load_data, predict, train_one_epoch
+from models import Classifier, create_encoder
+from util.augment import SimCLRAugment
+from util.batches import DeviceLoader, to_device
+from util.ip_dpp import draw_subset, mixing_steps, true_label_log_probabilities
+from util.metrics import LogitAdjustedLoss
+from util.options import Parser, launch
+from util.reports import describe_draw, show_predictions
+from util.run import Run
 
 
 def get_args_parser():
-    parser = finetune_parser(__doc__)
+    parser = Parser(__doc__, ["data", "model", "classifier", "information-preservable DPP", "optimisation", "run"])
     parser.set_defaults(
-        stage="finetune_ipdpp", dataset="cifar10", num_classes=10, data_root="/mnt/data/cifar10", model="resnet18",
-        output_dir="./output_dir/cifar10/finetune_ipdpp_cifar10",
-        epochs=100, batch_size=64, warmup_epochs=Unset(5), num_samples=500, sampling_freq=10, jitter_strength=1.0,
-        save_freq=1, seed=42)
+        stage="finetune_ipdpp", dataset="cifar10",
+        # data and augmentation
+        data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=1.0,
+        # model and loss
+        model="resnet18", loss="cross_entropy", logit_adjustment=1.0,
+        # draws: at most 500 images a class, anew before epochs 9, 19, ... 89
+        num_samples=500, sampling_freq=10, ipdpp_sampler="exact", ipdpp_kernel="paper", mcmc_steps=1000,
+        # optimisation: AdamW, linear warm-up to blr * (images of an update) / 256, then half a cosine
+        epochs=100, batch_size=64, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=5, weight_decay=0.05,
+        amp="auto", seed=42,
+        # run
+        output_dir="./output_dir/cifar10/finetune_ipdpp_cifar10", eval_freq=1, save_freq=10, keep_checkpoints=3,
+        device="auto")
     return parser
 
 
 def main(args):
-    return train_classifier(args)
+    run = Run(args)
+    train_set, test_set = load_data(run)
+    images, labels = to_device(train_set, run.device)
+    test_images, _ = to_device(test_set, run.device)
+    # Images of each class that are trained on; the prior that they leave is taken out of the test logits by `tau`.
+    counts = train_set.class_counts
+    if args.ipdpp_sampler != "none":
+        counts = counts.clip(max=args.num_samples)
+    tau = 0.0 if args.loss == "logit_adjusted" else args.logit_adjustment
+
+    torch.manual_seed(args.seed)
+    model = Classifier(create_encoder(args.model, args.input_size), args.num_classes)
+    model.to(run.device, memory_format=torch.channels_last)
+    criterion = LogitAdjustedLoss(counts) if args.loss == "logit_adjusted" else torch.nn.CrossEntropyLoss()
+    criterion.to(run.device)
+
+    if args.eval:
+        run.load_evaluated(model)
+        metrics = evaluate(predict(model, test_images, run), test_set, train_set, counts, tau, run)
+        run.processes.end()
+        return metrics
+
+    augment = SimCLRAugment(args.input_size, args.jitter_strength)
+    loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed)
+    steps = loader.steps(counts.sum())
+
+    # AdamW; linear warm-up from 0, then half a cosine: timm does exactly that with these arguments only.
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=run.learning_rate(steps),
+                                  betas=(0.9, 0.95), fused=True)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,
+        step_on_epochs=False, updates_per_epoch=run.updates(steps))
+
+    network = run.begin(model, optimizer, steps)  # loads --resume, claims the output folder; DDP and --compile
+    subset = run.subset
+    if args.ipdpp_sampler == "mcmc":
+        run.say(f"--mcmc_steps {args.mcmc_steps}: the chain mixes in about {mixing_steps(args.num_samples)} steps; "
+                "with far fewer, its draws lie between uniform and exact ones")
+    for epoch in range(run.start_epoch, args.epochs):
+        # Draw before the first epoch and every --sampling_freq epochs, but not before the last.
+        redraw = (epoch + 1) % args.sampling_freq == 0 and epoch < args.epochs - 1
+        drawn = {}
+        if args.ipdpp_sampler == "none":
+            subset = torch.arange(len(images))
+        elif subset is None or redraw:
+            logits = predict(model, images, run)  # by the current model in eval mode, of clean images
+            log_p, previous = true_label_log_probabilities(logits, labels), subset
+            subset = run.processes.from_first(
+                draw_subset, log_p, train_set.targets, args.num_samples, (args.seed, epoch),
+                args.ipdpp_sampler, args.ipdpp_kernel, args.mcmc_steps)
+            kernel = None if args.ipdpp_sampler == "uniform" else args.ipdpp_kernel
+            drawn = describe_draw(run.log, epoch, log_p, logits, train_set, subset, previous, kernel)
+        batches = loader.epoch(epoch, subset)
+        stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run) | drawn
+        if run.evaluates(epoch):
+            features = predict(model.enc, test_images, run)
+            logits = predict(model.lin, features, run)
+            stats |= evaluate(logits, test_set, train_set, counts, tau, run)
+            if run.shows_pictures(epoch):
+                show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
+        run.end_epoch(epoch, stats, subset)
+    return run.finish()
 
 
 if __name__ == "__main__":

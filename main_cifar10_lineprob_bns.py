@@ -3,24 +3,89 @@ r"""Linear probing on CIFAR-10-LT: train a linear layer on the frozen features o
     python main_cifar10_lineprob_bns.py --imbalanced_factor 100 --data_root /mnt/data/cifar10 \
         --resume output_dir/cifar10/pretrain_bns_cifar10/pretrain_bns_cifar10_if100.pth
 
+It is trained on a random subset with at most --num_samples images of each class, drawn once.
+
 With --eval FILE it evaluates a probed checkpoint instead. Without --resume it probes a random encoder.
 """
-from engine import train_classifier
-from util.options import Unset, classifier_parser, launch
+import numpy as np
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+
+from engine import evaluate, load_data, predict, train_one_epoch
+from models import Classifier, create_encoder
+from util.augment import SimCLRAugment
+from util.batches import DeviceLoader, to_device
+from util.ip_dpp import draw_subset
+from util.options import Parser, launch
+from util.reports import show_predictions
+from util.run import Run
 
 
 def get_args_parser():
-    parser = classifier_parser(__doc__)
+    parser = Parser(__doc__, ["data", "model", "classifier", "optimisation", "run"])
     parser.set_defaults(
-        stage="lineprob_bns", dataset="cifar10", num_classes=10, data_root="/mnt/data/cifar10", model="resnet18",
-        output_dir="./output_dir/cifar10/lineprob_bns_cifar10",
-        epochs=100, batch_size=64, warmup_epochs=Unset(20), num_samples=100, jitter_strength=2.0,
-        save_freq=1, seed=0)
+        stage="lineprob_bns", dataset="cifar10",
+        # data and augmentation: at most 100 images a class
+        data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=2.0,
+        num_samples=100,
+        # model
+        model="resnet18", logit_adjustment=1.0,
+        # optimisation: AdamW, linear warm-up to blr * (images of an update) / 256, then half a cosine
+        epochs=100, batch_size=64, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=20, weight_decay=0.05,
+        amp="auto", seed=0,
+        # run
+        output_dir="./output_dir/cifar10/lineprob_bns_cifar10", eval_freq=1, save_freq=10, keep_checkpoints=3,
+        device="auto")
     return parser
 
 
 def main(args):
-    return train_classifier(args)
+    run = Run(args)
+    train_set, test_set = load_data(run)
+    images, labels = to_device(train_set, run.device)
+    test_images, _ = to_device(test_set, run.device)
+    counts = train_set.class_counts.clip(max=args.num_samples)  # images of each class that are trained on
+
+    torch.manual_seed(args.seed)
+    model = Classifier(create_encoder(args.model, args.input_size), args.num_classes, frozen=True)
+    model.to(run.device, memory_format=torch.channels_last)
+    criterion = torch.nn.CrossEntropyLoss()
+
+    if args.eval:
+        run.load_evaluated(model)
+        metrics = evaluate(predict(model, test_images, run), test_set, train_set, counts, args.logit_adjustment, run)
+        run.processes.end()
+        return metrics
+
+    augment = SimCLRAugment(args.input_size, args.jitter_strength)
+    loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed)
+    steps = loader.steps(counts.sum())
+
+    # AdamW; linear warm-up from 0, then half a cosine: timm does exactly that with these arguments only.
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=run.learning_rate(steps),
+                                  betas=(0.9, 0.95), fused=True)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,
+        step_on_epochs=False, updates_per_epoch=run.updates(steps))
+
+    network = run.begin(model, optimizer, steps)  # loads --resume, claims the output folder; DDP and --compile
+    features = predict(model.enc, test_images, run)  # once: the encoder never changes
+    subset = run.subset
+    for epoch in range(run.start_epoch, args.epochs):
+        if subset is None:
+            subset = run.processes.from_first(
+                draw_subset, np.zeros(len(images)), train_set.targets, args.num_samples, (args.seed, 0), "uniform")
+        batches = loader.epoch(epoch, subset)
+        stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run)
+        if run.evaluates(epoch):
+            logits = predict(model.lin, features, run)
+            stats |= evaluate(logits, test_set, train_set, counts, args.logit_adjustment, run)
+            if run.shows_pictures(epoch):
+                show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
+        run.end_epoch(epoch, stats, subset)
+    return run.finish()
 
 
 if __name__ == "__main__":

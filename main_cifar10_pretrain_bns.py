@@ -2,24 +2,94 @@
 
     python main_cifar10_pretrain_bns.py --imbalanced_factor 100 --data_root /mnt/data/cifar10
 
-The last epoch also writes pretrain_bns_cifar10_if<factor>.pth, which the later stages take as --resume.
+Two random views of each image are encoded and projected. The loss draws together the projections of a class and pushes
+apart those of different classes. Every --eval_freq epochs a k-nearest-neighbour classifier shows how good the
+encoder's features have become. The last epoch also writes pretrain_bns_cifar10_if<factor>.pth, which the later stages
+take as --resume.
+
+With --eval FILE it prints that classifier's accuracy for the encoder of any checkpoint instead.
 """
-from engine import pretrain
-from util.options import Unset, pretrain_parser, launch
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+
+from engine import evaluate_knn, load_data, train_one_epoch
+from models import BNSNetwork, create_encoder
+from util.augment import SimCLRAugment
+from util.batches import DeviceLoader, to_device
+from util.bns_loss import BNSLoss, lowest_temperature
+from util.checkpoint import load_encoder
+from util.errors import UserError
+from util.options import Parser, launch
+from util.run import Run
 
 
 def get_args_parser():
-    parser = pretrain_parser(__doc__)
+    parser = Parser(__doc__, ["data", "model", "balanced negative sampling", "optimisation", "run"])
     parser.set_defaults(
-        stage="pretrain_bns", dataset="cifar10", num_classes=10, data_root="/mnt/data/cifar10", model="resnet18",
-        output_dir="./output_dir/cifar10/pretrain_bns_cifar10",
-        epochs=1000, batch_size=1024, warmup_epochs=Unset(20), jitter_strength=2.0,
-        save_freq=50, seed=0)
+        stage="pretrain_bns", dataset="cifar10",
+        # data and augmentation
+        data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=2.0,
+        # model and loss
+        model="resnet18", embed_dim=128, temperature=0.5, bns_form="published", num_extra_positives=4,
+        # optimisation: AdamW, linear warm-up to blr * (images of an update) / 256, then half a cosine
+        epochs=1000, batch_size=1024, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=20, weight_decay=0.05,
+        amp="auto", seed=0,
+        # run
+        output_dir="./output_dir/cifar10/pretrain_bns_cifar10", eval_freq=25, save_freq=50, keep_checkpoints=3,
+        device="auto")
     return parser
 
 
 def main(args):
-    return pretrain(args)
+    run = Run(args)
+    train_set, test_set = load_data(run)
+    images, labels = to_device(train_set, run.device)
+    test_images, _ = to_device(test_set, run.device)
+
+    torch.manual_seed(args.seed)
+    model = BNSNetwork(create_encoder(args.model, args.input_size), args.embed_dim)
+    model.to(run.device, memory_format=torch.channels_last)
+    criterion = BNSLoss(args.temperature, args.bns_form, args.num_extra_positives)
+
+    if args.eval:
+        load_encoder(model.enc, run.evaluated, f"--eval {args.eval}")
+        metrics = evaluate_knn(model.enc, images, labels, test_images, test_set, train_set, run)
+        run.processes.end()
+        return metrics
+
+    lowest = lowest_temperature(2 * args.batch_size * run.processes.world_size)
+    if args.bns_form == "published" and args.temperature < lowest:
+        raise UserError(f"--temperature: found {args.temperature:g}, expected at least {lowest:.4f}, below which "
+                        "float32 cannot hold the loss of such a batch")
+
+    # Two views of each image; an epoch's incomplete last batch is left out.
+    augment = SimCLRAugment(args.input_size, args.jitter_strength)
+    loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed,
+                          num_views=2, drop_last=True)
+    everything = torch.arange(len(images))
+    steps = loader.steps(len(everything))
+
+    # AdamW; linear warm-up from 0, then half a cosine: timm does exactly that with these arguments only.
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=run.learning_rate(steps),
+                                  betas=(0.9, 0.95), fused=True)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,
+        step_on_epochs=False, updates_per_epoch=run.updates(steps))
+
+    network = run.begin(model, optimizer, steps)  # loads --resume, claims the output folder; DDP and --compile
+    if run.start_epoch == 0:
+        (first, second), _ = next(iter(loader.epoch(0, everything)))
+        views = torch.stack((first[:32], second[:32]), dim=1).flatten(0, 1)
+        run.log.image("input/two views of each image, side by side", views.cpu(), epoch=0)
+    for epoch in range(run.start_epoch, args.epochs):
+        batches = loader.epoch(epoch, everything)
+        stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run)
+        if run.evaluates(epoch):
+            stats |= evaluate_knn(model.enc, images, labels, test_images, test_set, train_set, run)
+        run.end_epoch(epoch, stats)
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import multiprocessing
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -95,7 +96,7 @@ def main():
         with multiprocessing.get_context("spawn").Pool(1) as process:
             peak = process.apply(peak_bytes, (pipeline, pixels, strength))
         pipeline(pixels, strength)
-        seconds = median_seconds(lambda: pipeline(pixels, strength), runs, time.process_time)
+        seconds = median_seconds(partial(pipeline, pixels, strength), runs, time.process_time)
         baseline = baseline or seconds
         report(name, len(pixels), seconds, baseline, peak)
     if torch.cuda.is_available():

@@ -13,6 +13,7 @@ import sys
 import time
 import tracemalloc
 import warnings
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -46,14 +47,28 @@ def peak_mib(function):
     return peak / 2**20
 
 
+def ours(log_p, k, seed):
+    sample_k_dpp(log_p, k, np.random.default_rng(seed))
+
+
+def inclusion(log_p, k, _seed):
+    inclusion_probabilities(log_p, k)
+
+
+def dppy(kernel, k, seed):
+    """DPPy's exact draw; returns its elementary symmetric polynomials."""
+    dpp = FiniteDPP("likelihood", L=kernel)
+    dpp.sample_exact_k_dpp(size=k, random_state=np.random.RandomState(seed))
+    return dpp.E_poly
+
+
 def growth():
     print("Ours as N grows, k = 500 (process: peak resident memory so far, in all)")
     print(f"{'N':>9} {'draw':>11} {'inclusion':>11} {'draw':>10} {'inclusion':>10} {'process':>9}  finite")
     for n in (1_000, 10_000, 100_000, 1_000_000):
         log_p, k = classifier_log_p(n), 500
         times, peaks = [], []
-        for function in (lambda seed: sample_k_dpp(log_p, k, np.random.default_rng(seed)),
-                         lambda seed: inclusion_probabilities(log_p, k)):
+        for function in (partial(ours, log_p, k), partial(inclusion, log_p, k)):
             times.append(seconds(function, 21))
             peaks.append(peak_mib(function))
         process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -68,23 +83,16 @@ def against_dppy():
     for n, k in product((500, 2000, 5000), (50, 500)):
         log_p = classifier_log_p(n)
         kernel = likelihood_kernel(log_p)
-        dpps = []
-
-        def dppy(seed):
-            dpps[:] = [FiniteDPP("likelihood", L=kernel)]
-            dpps[0].sample_exact_k_dpp(size=k, random_state=np.random.RandomState(seed))
-
-        def ours(seed):
-            sample_k_dpp(log_p, k, np.random.default_rng(seed))
-
+        theirs_at, ours_at = partial(dppy, kernel, k), partial(ours, log_p, k)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # DPPy's overflows, reported in the last column
-            theirs = seconds(dppy, 3)
-            their_peak = peak_mib(dppy)
-        mine = seconds(ours, 101)
-        finite = np.isfinite(dpps[0].E_poly).all(), np.isfinite(inclusion_probabilities(log_p, k)).all()
+            theirs = seconds(theirs_at, 3)
+            their_peak = peak_mib(theirs_at)
+            polynomials = theirs_at(0)
+        mine = seconds(ours_at, 101)
+        finite = np.isfinite(polynomials).all(), np.isfinite(inclusion_probabilities(log_p, k)).all()
         print(f"{n:>5} {k:>4} {theirs:>8.3f} s {mine * 1e3:>7.2f} ms {theirs / mine:>8.0f} {their_peak:>8.1f} MiB"
-              f" {peak_mib(ours):>6.2f} MiB  {finite[0]}, {finite[1]}", flush=True)
+              f" {peak_mib(ours_at):>6.2f} MiB  {finite[0]}, {finite[1]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_pretrain.py [--data_root FOLDER_OF_CIFAR-10] [--profile]
 
-Ours is the engine's own: main_cifar10_pretrain_bns.py is run, and its train_one_epoch timed from inside. The plain
+Ours is made of the parts of main_cifar10_pretrain_bns.py and trained by the engine's train_one_epoch. The plain
 pipeline is what the method is usually written as: torchvision's transforms on PIL images in loader workers, contiguous
 float32 (float16 on CUDA), the loss broadcast to (2N, 2N, D), AdamW, the loss read in every step. Both train a ResNet-18
 with the same projector. Figures are medians of several blocks of steps after a warm-up, four minutes in all on two CPU
@@ -14,94 +14,38 @@ of an epoch of CIFAR-10-LT.
 """
 
 import argparse
-import ctypes
-import gc
-import inspect
 import itertools
 import sys
 import tempfile
-import time
 from contextlib import redirect_stdout
 from pathlib import Path
-from statistics import median
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import engine  # noqa: E402
-import main_cifar10_pretrain_bns as script  # noqa: E402
-from bench_augment import pil_pipeline, resident_bytes  # noqa: E402
+from bench_augment import pil_pipeline  # noqa: E402
 from bench_bns_loss import broadcast_loss  # noqa: E402
+from training_steps import Meter, prepare, wait  # noqa: E402
+
 from models import BNSNetwork, create_encoder  # noqa: E402
 from util.imbalanced_cifar import ImbalanceCIFAR10, long_tailed_counts  # noqa: E402
 from util.toy_data import ToyCIFAR  # noqa: E402
 
 
-class Measured(Exception):
-    """Leaves the training once its steps are timed."""
-
-
-class Meter:
-    """Median seconds of a step and peak memory of a training, from several blocks of steps."""
-
-    def __init__(self, options):
-        self.options, self.on_cuda = options, options.device == "cuda"
-        if self.on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier trainings freed goes back to the system
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-            self.before = resident_bytes("VmRSS")
-
-    def measure(self, train):
-        """`train(number)` does that many steps. Returns (seconds, bytes)."""
-        seconds = []
-        for _ in range(self.options.blocks + 1):
-            start = time.perf_counter()
-            train(self.options.steps)
-            if self.on_cuda:
-                torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - start) / self.options.steps)
-        peak = torch.cuda.max_memory_allocated() if self.on_cuda else resident_bytes("VmHWM") - self.before
-        return median(seconds[1:]), peak
-
-
-def engine_run(options, batch_size, use):
-    """Run the script, and return what `use` makes of a function that does the given number of the engine's steps."""
-    train_one_epoch, results = engine.train_one_epoch, []
-
-    def intercepted(*args):
-        call = inspect.signature(train_one_epoch).bind(*args)
-        batches = itertools.cycle(call.arguments["batches"])
-
-        def train(steps):
-            call.arguments["batches"] = list(itertools.islice(batches, steps))
-            if train_one_epoch(*call.args) < steps:
-                raise KeyboardInterrupt
-
-        results.append(use(train))
-        raise Measured
-
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--imbalanced_factor", "1", "--batch_size", str(batch_size), "--output_dir", folder,
-                 "--device", options.device, "--amp", options.amp, *["--compile"] * options.compile,
-                 *(["--data_root", options.data_root] if options.data_root else ["--toy_data"])]
-        engine.train_one_epoch = intercepted
-        try:
-            with redirect_stdout(sys.stderr):
-                script.main(script.get_args_parser().parse_args(flags))
-        except Measured:
-            pass
-        finally:
-            engine.train_one_epoch = train_one_epoch
-    return results[0]
+def training(options, batch_size, folder):
+    """Our stage 1, ready to train: a function that does the given number of steps."""
+    flags = ["--batch_size", str(batch_size), "--output_dir", folder, "--device", options.device, "--amp", options.amp]
+    flags += ["--data_root", options.data_root] if options.data_root else ["--toy_data"]
+    flags += ["--compile"] if options.compile else []
+    return prepare(1, flags, options.steps)
 
 
 def ours(options, batch_size):
-    return engine_run(options, batch_size, Meter(options).measure)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        meter = Meter(options.device, options.steps, options.blocks)
+        return meter.measure(training(options, batch_size, folder))
 
 
 class TwoViews(Dataset):
@@ -118,7 +62,8 @@ class TwoViews(Dataset):
 
 
 def plain(options):
-    meter, cuda = Meter(options), options.device == "cuda"
+    """(seconds of a step, peak bytes) of the plain pipeline."""
+    meter, cuda = Meter(options.device, options.steps, options.blocks), options.device == "cuda"
     torch.backends.cudnn.benchmark = True
     model = BNSNetwork(create_encoder("resnet18")).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
@@ -147,19 +92,17 @@ def line(name, batch_size, seconds, peak, more=""):
 
 
 def profile(options):
-    def use(train):
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        train = training(options, options.batch_size, folder)
         train(options.steps)
         with torch.profiler.profile(acc_events=True) as profiler:
             train(options.steps)
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-        return profiler.key_averages()
-
-    averages = engine_run(options, options.batch_size, use)
+            wait(options.device)
+    averages = profiler.key_averages()
     print(averages.table(sort_by=f"self_{options.device}_time_total", row_limit=25, max_name_column_width=60))
 
 
-def main():
+def get_args_parser():
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", help="folder of CIFAR-10, else toy images are drawn")
@@ -173,7 +116,11 @@ def main():
     parser.add_argument("--amp", default="auto", help="of ours")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
     parser.add_argument("--profile", action="store_true", help="print torch.profiler's table of our steps and stop")
-    options = parser.parse_args()
+    return parser
+
+
+def main():
+    options = get_args_parser().parse_args()
     if options.profile:
         return profile(options)
 

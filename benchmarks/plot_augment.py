@@ -35,7 +35,7 @@ def main():
         "util/augment.py, the whole batch": SimCLRAugment(32, args.jitter_strength)(images, torch.default_generator),
     }
     figure, axes = plt.subplots(1, 3, figsize=(18, 6.4), layout="constrained")
-    for axis, (title, views) in zip(axes, sheets.items()):
+    for axis, (title, views) in zip(axes, sheets.items(), strict=True):
         axis.imshow(make_grid(views, nrow=8, pad_value=1).permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
         axis.set_title(title)
         axis.axis("off")

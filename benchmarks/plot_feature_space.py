@@ -1,9 +1,10 @@
-"""Draw image/feature-space.png: training and test features of an encoder in two dimensions, classes coloured.
+"""Draw training and test features of an encoder in two dimensions, classes coloured.
 
-    python benchmarks/plot_feature_space.py CHECKPOINT --data_root FOLDER | --toy_data
+    python benchmarks/plot_feature_space.py CHECKPOINT --data_root FOLDER [--out image/feature-space.png]
 
-CHECKPOINT is a file of any stage, of this project or of the paper's authors. As in the paper's figure, the projection
-is t-SNE, here one for both halves, of at most 100 training and as many test images of each class. Takes a minute.
+CHECKPOINT is a file of any stage, of this project or of the paper's authors; what it was trained on and with is read
+from it. As in the paper's figure, the projection is t-SNE, here one for both halves, of 1000 training and as many test
+images, as evenly over the classes as they allow. Takes a minute.
 """
 import argparse
 import math
@@ -13,29 +14,27 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from engine import load_data, on_device, predict  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import main_cifar10_pretrain_bns  # noqa: E402
+import main_cifar100_pretrain_bns  # noqa: E402
+from engine import load_data, predict  # noqa: E402
 from models import create_encoder  # noqa: E402
-from util.checkpoint import load_checkpoint, load_weights  # noqa: E402
-from util.figures import class_balanced, new_figure  # noqa: E402
-from util.processes import Processes  # noqa: E402
+from util.batches import to_device  # noqa: E402
+from util.checkpoint import load_checkpoint, load_encoder, stage_of  # noqa: E402
+from util.figures import new_figure  # noqa: E402
+from util.options import launch  # noqa: E402
+from util.reports import class_balanced  # noqa: E402
+from util.run import Run  # noqa: E402
 
-PER_CLASS = 100
+SHOWN = 1000  # images of each half
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data_root", help="folder that holds CIFAR")
-    data.add_argument("--toy_data", action="store_true")
+    parser.add_argument("--data_root", help="folder that holds CIFAR; unset, toy images are drawn")
     parser.add_argument("--dataset", choices=["cifar10", "cifar100"], help="unset, the checkpoint's, or cifar10")
-    parser.add_argument("--model", help="timm model; unset, the checkpoint's, or resnet18")
-    parser.add_argument("--input_size", type=int, help="unset, the checkpoint's, or 32")
-    parser.add_argument("--imbalanced_factor", type=float, help="unset, the checkpoint's, or 100")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", default=ROOT / "image" / "feature-space.png")
+    parser.add_argument("--out", default="feature-space.png")
     return parser
 
 
@@ -68,42 +67,40 @@ def tsne(features, perplexity=30, steps=750):
 
 
 def main(args):
-    checkpoint = load_checkpoint(args.checkpoint, "CHECKPOINT")
-    trained = checkpoint["args"] if "stage" in checkpoint["args"] else {}
-    for name, otherwise in (("dataset", "cifar10"), ("model", "resnet18"), ("input_size", 32), ("imbalanced_factor", 100)):
-        if getattr(args, name) is None:
-            setattr(args, name, trained.get(name, otherwise))
-    args.num_classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
-    processes = Processes(args.device)
-    encoder = create_encoder(args.model, args.input_size)
-    load_weights(encoder, {name[4:]: value for name, value in checkpoint["model"].items() if name.startswith("enc.")},
-                 args.checkpoint)
-    encoder.to(processes.device)
+    stage, trained = stage_of(load_checkpoint(args.checkpoint, "CHECKPOINT")), load_checkpoint(args.checkpoint)["args"]
+    dataset = args.dataset or trained.get("dataset", "cifar10")
+    script = {"cifar10": main_cifar10_pretrain_bns, "cifar100": main_cifar100_pretrain_bns}[dataset]
+    data = ["--data_root", args.data_root] if args.data_root else ["--toy_data"]
+    run = Run(script.get_args_parser().parse_args(["--eval", args.checkpoint, *data]))
+    encoder = create_encoder(run.args.model, run.args.input_size)
+    load_encoder(encoder, run.evaluated, args.checkpoint)
+    encoder.to(run.device)
 
     features, labels = [], []
-    sets = [load_data(args, processes, train) for train in (True, False)]
-    for dataset in sets:
-        images, targets = on_device(dataset, processes.device)
-        shown = class_balanced(targets.cpu(), PER_CLASS * args.num_classes)
-        features.append(predict(encoder, images[shown], processes, torch.inference_mode, args.input_size).cpu())
+    sets = load_data(run)
+    for dataset_half in sets:
+        images, targets = to_device(dataset_half, run.device)
+        shown = class_balanced(targets.cpu(), SHOWN)
+        features.append(predict(encoder, images[shown], run))
         labels.append(targets[shown].cpu())
-    points = tsne(F.normalize(torch.cat(features)).to(processes.device)).cpu()
+    points = tsne(F.normalize(torch.cat(features))).cpu()
 
     figure, axes = new_figure(11, 5.4)
     axes.remove()
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for panel, title, xy, half in zip(panels, ("training", "test"), (points[:len(labels[0])], points[len(labels[0]):]), labels):
-        for c, (name, count) in enumerate(zip(sets[0].classes, sets[0].class_counts)):
+    halves = points.split([len(half) for half in labels])
+    for panel, title, xy, half in zip(panels, ("training", "test"), halves, labels, strict=True):
+        for c, (name, count) in enumerate(zip(sets[0].classes, sets[0].class_counts, strict=True)):
             panel.scatter(*xy[half == c].T, s=8, linewidths=0, color=f"C{c % 10}", label=f"{name}, {count:,} images")
         panel.set(title=f"{title} images", xticks=[], yticks=[])
-    if args.num_classes <= 10:
+    if len(sets[0].classes) <= 10:
         handles, names = panels[1].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper", markerscale=3, frameon=False)
-    data = "toy data like " * args.toy_data + args.dataset
-    figure.suptitle(f"t-SNE of {trained.get('stage', 'published')} features, {data}, imbalance factor {args.imbalanced_factor:g}")
+    data = f"toy data like {dataset}" if run.args.toy_data else dataset
+    figure.suptitle(f"t-SNE of {stage} features, {data}, imbalance factor {run.args.imbalanced_factor:g}")
     figure.savefig(args.out, dpi=110)
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    launch(main, get_args_parser())

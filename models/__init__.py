@@ -64,7 +64,7 @@ class BNSNetwork(nn.Module):
             nn.Linear(encoder.num_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embed_dim))
 
     def forward(self, *views):
-        """Each view (N, 3, H, W) passes the encoder on its own, hence with its own batch statistics -> (N, embed_dim)."""
+        """Each view (N, 3, H, W) passes the encoder alone, hence with its own batch statistics -> (N, embed_dim)."""
         return tuple(self.projector(self.enc(view)) for view in views)
 
 

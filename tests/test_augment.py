@@ -47,7 +47,7 @@ def identity(num_images, height=32, width=32, **changed):
 def by_torchvision(images, parameters, size=32, backend="tensor"):
     """Views by torchvision's functional operations, one image at a time, on float tensors or on PIL images."""
     views = []
-    for image, *p in zip(images, *parameters):
+    for image, *p in zip(images, *parameters, strict=True):
         p = AugmentParameters(*p)
         view = F.to_pil_image(image) if backend == "pil" else image / 255
         view = F.resized_crop(view, *p.box.tolist(), [size, size], antialias=True)
@@ -97,14 +97,14 @@ def test_jitter_parts_are_torchvisions(part, pil_maximum, pil_mean):
     assert (views - images / 255).abs().mean() > 0.05
     torch.testing.assert_close(views, by_torchvision(images, p), atol=1e-3, rtol=0)
     adjust, factors = TORCHVISION_PARTS[part], p.factors[:, part].tolist()
-    by_pil = torch.stack([F.to_tensor(adjust(F.to_pil_image(i), f)) for i, f in zip(images, factors)])
+    by_pil = torch.stack([F.to_tensor(adjust(F.to_pil_image(i), f)) for i, f in zip(images, factors, strict=True)])
     difference = (views - by_pil).abs() * 255
     assert difference.max() <= pil_maximum + 1e-3 and difference.mean() <= pil_mean
 
 
 def test_grayscale_and_blur_are_torchvisions():
-    images, p = random_images(60), sampled(60)
-    for p in (identity(60, grayscale=p.grayscale), identity(60, sigma=p.sigma)):
+    images, both = random_images(60), sampled(60)
+    for p in (identity(60, grayscale=both.grayscale), identity(60, sigma=both.sigma)):
         views = SimCLRAugment().apply(images, p)
         torch.testing.assert_close(views, by_torchvision(images, p), atol=1e-3, rtol=0)
         torch.testing.assert_close(views, by_torchvision(images, p, backend="pil"), atol=1.01 / 255, rtol=0)
@@ -136,7 +136,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
     ours = sampled(4000, 1.0, height, width).box.T
     top, left, h, w = ours
     assert (ours[:2] >= 0).all() and (ours[2:] > 0).all() and (top + h <= height).all() and (left + w <= width).all()
-    for a, b in [*zip(ours, theirs), (h * w, theirs[2] * theirs[3]), (w / h, theirs[3] / theirs[2])]:
+    for a, b in [*zip(ours, theirs, strict=True), (h * w, theirs[2] * theirs[3]), (w / h, theirs[3] / theirs[2])]:
         assert stats.ks_2samp(a, b).pvalue > 1e-3
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -173,7 +174,7 @@ def test_gradient_steps_lower_the_loss(form):
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:]))
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
 
 
 def run_one_of_two_processes(rank, rendezvous, form, results):
@@ -186,6 +187,7 @@ def run_one_of_two_processes(rank, rendezvous, form, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_two_processes_give_the_loss_and_gradient_of_one(form, tmp_path):
     mp.spawn(run_one_of_two_processes, (tmp_path / "rendezvous", form, tmp_path / "results"), nprocs=2)
@@ -196,7 +198,7 @@ def test_two_processes_give_the_loss_and_gradient_of_one(form, tmp_path):
     for rank_loss, _, _ in ranks:
         torch.testing.assert_close(rank_loss, loss.detach(), atol=1e-6, rtol=0)
     # DDP averages the gradients over the two processes.
-    for expected, shards in zip((emb_i.grad, emb_j.grad), list(zip(*ranks))[1:]):
+    for expected, shards in zip((emb_i.grad, emb_j.grad), list(zip(*ranks, strict=True))[1:], strict=True):
         torch.testing.assert_close(torch.cat(shards) / 2, expected, atol=1e-6, rtol=0)
 
 

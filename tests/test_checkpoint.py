@@ -1,10 +1,14 @@
+"""Checkpoints, the published ones above all: read, evaluated by each script, started from; never executed."""
 import argparse
+import importlib
 import math
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, Payload, final_file
+from conftest import run as run_tiny
 
 import main_cifar10_finetune_ipdpp
 import main_cifar10_lineprob_bns
@@ -15,8 +19,15 @@ from util.errors import UserError
 from util.toy_data import ToyCIFAR
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
-HEADS = {"pretrain_bns": {"projector.0": (2048, 512), "projector.2": (128, 2048)},
-         "lineprob_bns": {"lin": (10, 512)}, "finetune_ipdpp": {"lin": (10, 512)}}
+NETWORKS = {10: "resnet18", 100: "resnet34"}
+STAGES = ("pretrain_bns", "lineprob_bns", "finetune_ipdpp")
+
+
+def layers_after_encoder(stage, classes=10):
+    """(outputs, inputs) by name."""
+    if stage == "pretrain_bns":
+        return {"projector.0": (2048, 512), "projector.2": (128, 2048)}
+    return {"lin": (classes, 512)}
 
 
 def published_weights(depths, head, seed=0):
@@ -76,8 +87,8 @@ def published_forward(weights, images, depths, head):
     return x
 
 
-def write_published(path, weights, stage):
-    """A file as the published code writes it: AdamW over what that stage trains, and a Namespace."""
+def write_published(path, weights, stage, **flags):
+    """A file as the published code writes it: AdamW over what that stage trains, and a Namespace, here with `flags`."""
     trained = [torch.nn.Parameter(value.clone()) for name, value in weights.items()
                if "running" not in name and "batches" not in name
                and (stage != "lineprob_bns" or name.startswith("lin."))]
@@ -86,20 +97,58 @@ def write_published(path, weights, stage):
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
+    args = argparse.Namespace(batch_size=1024, blr=1e-3, num_views=2, device="cuda", lr=None, **flags)
     torch.save({"model": weights, "optimizer": optimizer.state_dict(), "epoch": 999, "scaler": {"scale": 65536.0},
-                "args": argparse.Namespace(batch_size=1024, blr=1e-3, num_views=2, device="cuda", lr=None)}, path)
+                "args": args}, path)
     return path
 
 
 def run(script, *flags):
+    """As conftest's `run`, of the script's own model."""
     shared = ["--toy_data", "--input_size", "8", "--device", "cpu", "--amp", "none"]
     return script.main(script.get_args_parser().parse_args([*shared, *map(str, flags)]))
 
 
+def pixels(dataset, size):
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2) / 255
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+
+
+def accuracies(scores, train_set, test_set):
+    """Overall in percent, then many, medium and few, of scores (N, C)."""
+    labels, counts = torch.tensor(test_set.targets), torch.tensor(train_set.class_counts)[test_set.targets]
+    right, (many, few) = scores.argmax(1) == labels, train_set.shot_thresholds
+    groups = [counts > many, (few <= counts) & (counts <= many), counts < few]
+    return [100 * right.double().mean().item(),
+            *(right[group].double().mean().item() if group.any() else None for group in groups)]
+
+
+def telling_layer(features, classes):
+    """Weight and bias of a linear layer whose predictions differ between the images of `features` (N, D)."""
+    weight = torch.randn(classes, features.shape[1], generator=torch.Generator().manual_seed(5))
+    weight *= 2 / ((features - features.mean(0)) @ weight.T).std()
+    return weight, -weight @ features.mean(0)
+
+
+def adjusted(logits, counts):
+    shares = torch.tensor(counts / counts.sum())
+    return logits.double() - shares.log()
+
+
+def neighbours_votes(features, labels, queries, classes, k=200):
+    """Votes (Q, C) of the k nearest by cosine, exp(similarity / 0.1) over the images of the class, one by one."""
+    votes = torch.zeros(len(queries), classes, dtype=torch.float64)
+    similarity = F.normalize(queries.double()) @ F.normalize(features.double()).T
+    for query, row in enumerate(similarity):
+        for index in row.argsort(descending=True)[:k].tolist():
+            votes[query, labels[index]] += math.exp(row[index] / 0.1) / labels.count(labels[index])
+    return votes
+
+
 @pytest.mark.parametrize("name, stage", [("resnet18", "pretrain_bns"), ("resnet18", "lineprob_bns"),
-                                         ("resnet34", "finetune_ipdpp")])
+                                         pytest.param("resnet34", "finetune_ipdpp", marks=pytest.mark.slow)])
 def test_published_checkpoint_gives_the_same_outputs(name, stage, tmp_path):
-    depths, head = DEPTHS[name], HEADS[stage]
+    depths, head = DEPTHS[name], layers_after_encoder(stage)
     weights = published_weights(depths, head)
     checkpoint = load_checkpoint(write_published(tmp_path / "published.pth", weights, stage))
     assert stage_of(checkpoint) == stage
@@ -116,46 +165,127 @@ def test_published_checkpoint_gives_the_same_outputs(name, stage, tmp_path):
     assert expected.std(0).min() > 0.01, "the outputs must depend on the images"
 
 
-@pytest.mark.parametrize("script, stage", [(main_cifar10_lineprob_bns, "lineprob_bns"),
-                                           (main_cifar10_finetune_ipdpp, "finetune_ipdpp")])
-def test_eval_of_a_published_checkpoint(script, stage, tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("classes", [10, 100])
+def test_eval_of_a_published_checkpoint(classes, stage, few_images, tmp_path, monkeypatch):
+    """Against the figures of outputs by torch.nn.functional alone. The file calls its network by a name of its own."""
     monkeypatch.chdir(tmp_path)
-    depths, head = DEPTHS["resnet18"], HEADS[stage]
+    depths, head = DEPTHS[NETWORKS[classes]], layers_after_encoder(stage, classes)
     weights = published_weights(depths, head)
-    path = write_published(tmp_path / "published.pth", weights, stage)
+    train_set, test_set = ToyCIFAR(classes), ToyCIFAR(classes, train=False)
+    queries = published_forward(weights, pixels(test_set, 8), depths, {})
+    if stage != "pretrain_bns":
+        weights["lin.weight"], weights["lin.bias"] = telling_layer(queries, classes)
+    path = write_published(tmp_path / "published.pth", weights, stage, model="bns_resnet")
+    script = importlib.import_module(f"main_cifar{classes}_{stage}")
     metrics = run(script, "--eval", path)
-    assert stage_of(load_checkpoint(path)) == stage
+    assert list(tmp_path.iterdir()) == [path]
 
-    test_set = ToyCIFAR(10, train=False)
-    images = torch.from_numpy(test_set.data).permute(0, 3, 1, 2) / 255
-    images = F.interpolate(images, size=(8, 8), mode="bilinear", antialias=True)
-    logits = published_forward(weights, images, depths, head).double()
-    labels = torch.tensor(test_set.targets)
-    assert metrics["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
-    assert metrics["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
-    assert [path.name for path in tmp_path.iterdir()] == ["published.pth"]
+    names = ("acc1", "many", "medium", "few")
+    if stage == "pretrain_bns":
+        features = published_forward(weights, pixels(train_set, 8), depths, {})
+        votes = neighbours_votes(features, train_set.targets, queries, classes)
+        expected = accuracies(votes, train_set, test_set)
+        assert [metrics[f"knn_{name}"] for name in names] == pytest.approx(expected)
+        return
+    logits = F.linear(queries, weights["lin.weight"], weights["lin.bias"]).double()
+    assert logits.argmax(1).unique().numel() > 5
+    assert [metrics[f"test_{name}"] for name in names] == pytest.approx(accuracies(logits, train_set, test_set))
+    counts = train_set.class_counts.clip(max=script.get_args_parser().get_default("num_samples"))
+    expected = accuracies(adjusted(logits, counts), train_set, test_set)
+    assert [metrics[f"test_adjusted_{name}"] for name in names] == pytest.approx(expected)
+    loss = F.cross_entropy(logits, torch.tensor(test_set.targets)).item()
+    assert metrics["test_loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_published_extractor_starts_a_later_stage(tmp_path):
-    weights = published_weights(DEPTHS["resnet18"], HEADS["pretrain_bns"])
+ITS_OWN = {"num_samples": 20, "imbalanced_factor": 10.0}
+
+
+@pytest.mark.parametrize("flags, given, factor, num_samples, said", [
+    ({}, [], 100, 500, ""),
+    (ITS_OWN, [], 10, 20, "from the checkpoint: imbalanced_factor 10.0, num_samples 20"),
+    (ITS_OWN, ["--num_samples", 5], 10, 5, "--num_samples 5, as asked; {path} was trained with 20"),
+    (ITS_OWN, ["--imbalanced_factor", 50], 50, 20, "--imbalanced_factor 50.0, as asked; {path} was trained with 10.0"),
+    ({**ITS_OWN, "ipdpp_sampler": "none"}, [], 10, 500, "ipdpp_sampler none"),
+    ({**ITS_OWN, "loss": "logit_adjusted"}, [], 10, None, "loss logit_adjusted"),
+    ({}, ["--logit_adjustment", 0], 100, None, "")])
+def test_shares_of_the_adjustment_in_eval(flags, given, factor, num_samples, said, few_images, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = Classifier(create_encoder("test_resnet", 16), 10).eval()
+    images = pixels(ToyCIFAR(10, train=False), 16)
+    with torch.no_grad():
+        model.lin.weight.data, model.lin.bias.data = telling_layer(model.enc(images), 10)
+        logits = model(images)
+    path = tmp_path / "published.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(batch_size=64, **flags)}, path)
+    metrics = run_tiny(main_cifar10_finetune_ipdpp, tmp_path, "--eval", path, *given)
+    assert said.format(path=path) in capsys.readouterr().out
+
+    train_set, test_set = ToyCIFAR(10, factor), ToyCIFAR(10, train=False)
+    names = ("acc1", "many", "medium", "few")
+    assert [metrics[f"test_{name}"] for name in names] == pytest.approx(accuracies(logits, train_set, test_set))
+    if num_samples is None:
+        assert not any("adjusted" in name for name in metrics)
+        return
+    expected = accuracies(adjusted(logits, train_set.class_counts.clip(max=num_samples)), train_set, test_set)
+    assert [metrics[f"test_adjusted_{name}"] for name in names] == pytest.approx(expected)
+    for other in {5, 20, 500} - {num_samples}:  # or the figures would not show which shares were used
+        assert expected != accuracies(adjusted(logits, train_set.class_counts.clip(max=other)), train_set, test_set)
+
+
+@pytest.mark.slow
+def test_eval_of_pretraining_prints_the_knn_of_any_stage(few_images, tmp_path, capsys, monkeypatch):
+    def knn(script, *flags):
+        capsys.readouterr()
+        words = [*TINY, "--batch_size", 60, *flags]
+        script.main(script.get_args_parser().parse_args([str(word) for word in words]))
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("* kNN ")]
+
+    monkeypatch.chdir(tmp_path)
+    pretrain, lineprob, finetune = main_cifar10_pretrain_bns, main_cifar10_lineprob_bns, main_cifar10_finetune_ipdpp
+    flags = ["--epochs", 1, "--warmup_epochs", 0, "--blr", 0.01]
+    trained, = knn(pretrain, *flags, "--output_dir", tmp_path / "p")
+    for script in (lineprob, finetune):
+        out = tmp_path / script.__name__
+        assert not knn(script, *flags, "--output_dir", out, "--resume", final_file(pretrain, tmp_path / "p"))
+    before = sorted(tmp_path.rglob("*"))
+    assert knn(pretrain, "--eval", final_file(pretrain, tmp_path / "p")) == [trained]
+    assert knn(pretrain, "--eval", final_file(lineprob, tmp_path / lineprob.__name__)) == [trained]  # encoder frozen
+
+    path = final_file(finetune, tmp_path / finetune.__name__)
+    printed, = knn(pretrain, "--eval", path)
+    model = Classifier(create_encoder("test_resnet", 16), 10).eval()
+    load_weights(model, load_checkpoint(path)["model"], "finetuned")
+    train_set, test_set = ToyCIFAR(10), ToyCIFAR(10, train=False)
+    with torch.no_grad():
+        features, queries = model.enc(pixels(train_set, 16)), model.enc(pixels(test_set, 16))
+    votes = neighbours_votes(features, train_set.targets, queries, 10)
+    acc1, many, medium, few = accuracies(votes, train_set, test_set)
+    assert printed == (f"* kNN Acc@1 {acc1:.3f} Many-Shot {many:.3f} Medium-Shot {medium:.3f} Few-Shot {few:.3f}")
+    assert printed != trained and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_published_encoder_starts_a_later_stage(few_images, tmp_path):
+    weights = published_weights(DEPTHS["resnet18"], layers_after_encoder("pretrain_bns"))
     path = write_published(tmp_path / "published.pth", weights, "pretrain_bns")
-    out = tmp_path / "probe"
-    run(main_cifar10_lineprob_bns, "--resume", path, "--epochs", 1, "--num_samples", 5, "--output_dir", out)
-    probed = load_checkpoint(out / "lineprob_bns_cifar10_if100.pth")["model"]
+    run(main_cifar10_lineprob_bns, "--resume", path, "--epochs", 1, "--num_samples", 5, "--output_dir", tmp_path / "l")
+    probed = load_checkpoint(final_file(main_cifar10_lineprob_bns, tmp_path / "l"))["model"]
     for name, value in weights.items():
         if name.startswith("enc."):
             assert torch.equal(probed[name.replace("shortcut", "downsample")], value), name
-    run(main_cifar10_lineprob_bns, "--eval", out / "lineprob_bns_cifar10_if100.pth")  # own files, in the same call
 
 
-def test_published_pretraining_goes_on_from_its_epoch(tmp_path, capsys):
-    weights = published_weights(DEPTHS["resnet18"], HEADS["pretrain_bns"])
+@pytest.mark.slow
+def test_published_pretraining_goes_on_from_its_epoch(few_images, tmp_path, capsys):
+    weights = published_weights(DEPTHS["resnet18"], layers_after_encoder("pretrain_bns"))
     path = write_published(tmp_path / "published.pth", weights, "pretrain_bns")
-    history = run(main_cifar10_pretrain_bns, "--resume", path, "--epochs", 1001, "--batch_size", 1236, "--blr", 1e-9,
+    history = run(main_cifar10_pretrain_bns, "--resume", path, "--epochs", 1001, "--batch_size", 127, "--blr", 1e-9,
                   "--output_dir", tmp_path / "out")
     assert [record["epoch"] for record in history] == [1000]
     assert "starts afresh" not in capsys.readouterr().out
-    after = load_checkpoint(tmp_path / "out" / "pretrain_bns_cifar10_if100.pth")["model"]
+    after = load_checkpoint(final_file(main_cifar10_pretrain_bns, tmp_path / "out"))["model"]
     torch.testing.assert_close(after["projector.0.weight"], weights["projector.0.weight"], atol=1e-6, rtol=0)
 
 
@@ -166,14 +296,6 @@ def test_prefixes_of_wrappers_are_stripped(prefix, tmp_path):
     other = Classifier(create_encoder("test_resnet"), 10)
     load_weights(other, load_checkpoint(tmp_path / "w.pth")["model"], "w.pth")
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])

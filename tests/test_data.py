@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import Payload, contents
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from util.errors import UserError
@@ -34,16 +35,6 @@ def kept_by_the_rule(labels, num_classes, factor):
         kept[c] = indices[:int(len(labels) / num_classes * factor ** (-c / (num_classes - 1)) + 1e-9)]
     np.random.set_state(state)
     return kept
-
-
-class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 def md5(path):
@@ -104,10 +95,6 @@ def refusal(dataset, root, **arguments):
         assert part in line
     assert "\n" not in line
     return line
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # The subset rule.
@@ -239,8 +226,8 @@ def test_wrong_file_is_named_and_neither_run_nor_replaced(fake, archive, tmp_pat
 
 
 def test_payload_would_run_if_it_were_unpickled(tmp_path):
-    pickle.loads(pickle.dumps(Payload(tmp_path / "ran"))).close()
-    assert (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
+    assert (tmp_path / "ran").is_dir()
 
 
 def test_wrong_archive_is_named_and_not_replaced(fake, archive, tmp_path):
@@ -296,15 +283,6 @@ def test_toy_refuses_other_class_counts():
         ToyCIFAR(20)
 
 
-@pytest.fixture
-def single_thread():
-    """Small networks train no faster on two threads, and many times slower where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def toy_metrics(model, train, epochs, batch_size, lr):
     """Trains a model on one toy set by plain cross-entropy and evaluates it on the balanced toy test set."""
     test = ToyCIFAR(10, train=False)
@@ -329,15 +307,17 @@ def small_convnet():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [100, 1])
-def test_toy_defeats_a_linear_model(factor, single_thread):
+def test_toy_defeats_a_linear_model(factor):
     torch.manual_seed(0)
     train = ToyCIFAR(10, factor)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
     assert toy_metrics(model, train, 20, 256, 1e-3)["acc1"] < 22
 
 
-def test_toy_starves_its_few_shot_classes(single_thread):
+@pytest.mark.slow
+def test_toy_starves_its_few_shot_classes():
     torch.manual_seed(0)
     long_tailed = toy_metrics(small_convnet(), ToyCIFAR(10), 12, 64, 4e-3)
     assert long_tailed["many"] > 0.4 and long_tailed["few"] < long_tailed["many"] / 4

@@ -1,7 +1,6 @@
-import itertools
+"""Training and draws of whole runs against plainly written ones, and the loops of engine.py alone."""
 import json
 import math
-import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,75 +8,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import command_line, final_file, one_of, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import engine
 import main_cifar10_finetune_ipdpp as finetune
 import main_cifar10_lineprob_bns as lineprob
 import main_cifar10_pretrain_bns as pretrain
+from engine import check_finite, predict
 from models import BNSNetwork, Classifier, create_encoder
+from util.augment import SimCLRAugment
+from util.batches import DeviceLoader, EpochBatches, to_device
 from util.bns_loss import BNSLoss
 from util.checkpoint import load_checkpoint, load_weights
 from util.errors import UserError
+from util.ip_dpp import KERNELS, draw_subset
+from util.reports import Progress
+from util.run import amp_dtype
 from util.toy_data import ToyCIFAR
 
-
+pytestmark = pytest.mark.usefixtures("few_images", "no_pictures")
 WEIGHT_DECAY = 1.0  # strong enough to show in two epochs
-
-
-class FewImages(ToyCIFAR):
-    """A tenth of each class of the toy data: 128 images for training and 100 for testing."""
-
-    shot_thresholds = property(lambda self: (20, 4), lambda self, value: None)
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        targets = np.array(self.targets)
-        kept = np.concatenate([np.flatnonzero(targets == c)[::10] for c in range(10)])
-        self.data, self.targets = self.data[kept], targets[kept].tolist()
-        self.class_counts = np.bincount(self.targets)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads would cost models this small more than they save, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch):
-    monkeypatch.setattr(engine, "ToyCIFAR", FewImages)
-
-
-def arguments(script, output_dir, *flags):
-    shared = ["--toy_data", "--model", "test_resnet", "--input_size", "16", "--device", "cpu", "--amp", "none"]
-    return script.get_args_parser().parse_args([*shared, "--output_dir", str(output_dir), *map(str, flags)])
-
-
-def run(script, output_dir, *flags):
-    return script.main(arguments(script, output_dir, *flags))
-
-
-def final_file(script, output_dir):
-    return output_dir / f"{script.get_args_parser().get_default('stage')}_cifar10_if100.pth"
-
-
-def spy(monkeypatch, name):
-    """Record a function of the engine: a list of (its arguments, its result)."""
-    original, calls = getattr(engine, name), []
-
-    def recorded(*args):
-        result = original(*args)
-        calls.append((args, result))
-        return result
-    monkeypatch.setattr(engine, name, recorded)
-    return calls
-
-
-def one_of(world_size, rank=0):
-    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"), sum=lambda tensor: tensor)
+CPU = torch.device("cpu")
 
 
 # --------------------------------------------------------------------------------------- training, written plainly
@@ -103,7 +54,7 @@ def plain_bns_loss(emb_i, emb_j, labels):
 
 
 def plain_training(model, epochs, loss_of, lr, accum_iter):
-    """Mean loss of each epoch; `epochs` holds a list of batches for each."""
+    """Mean loss of each epoch; `epochs` holds for each a list of (views, labels)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
@@ -116,8 +67,8 @@ def plain_training(model, epochs, loss_of, lr, accum_iter):
             for group in optimizer.param_groups:
                 group["lr"] = plain_lr(epoch + i / len(updates), lr, 0, 1, len(epochs))
             optimizer.zero_grad()
-            for batch in update:
-                losses.append(loss_of(batch))
+            for views, labels in update:
+                losses.append(loss_of(views, labels))
                 (losses[-1] / len(update)).backward()
             optimizer.step()
         means.append(torch.stack(losses).mean().item())
@@ -126,251 +77,266 @@ def plain_training(model, epochs, loss_of, lr, accum_iter):
 
 @pytest.mark.parametrize("script, accum_iter, flags", [
     (pretrain, 1, []), (pretrain, 2, []), (finetune, 1, ["--ipdpp_sampler", "none"]),
-    (lineprob, 2, ["--num_samples", "20"])])
-def test_training_equals_a_plainly_written_loop(script, accum_iter, flags, tmp_path, monkeypatch):
-    views = []
+    (finetune, 1, ["--num_samples", 10, "--loss", "logit_adjusted"]), (lineprob, 2, ["--num_samples", 10])])
+def test_training_equals_a_plainly_written_loop(script, accum_iter, flags, tmp_path):
+    history = run(script, tmp_path, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 32, "--blr", 1e-3,
+                  "--accum_iter", accum_iter, "--weight_decay", WEIGHT_DECAY, *flags)
+    trained = load_checkpoint(final_file(script, tmp_path))
 
-    class Recorded(engine.SimCLRAugment):
-        def __call__(self, images, generator):
-            result = super().__call__(images, generator)
-            if generator is torch.default_generator:  # the others are pictures for TensorBoard
-                views.append(result.clone())
-            return result
+    train_set, stage_1 = ToyCIFAR(10), script is pretrain
+    subset = torch.arange(len(train_set)) if stage_1 else trained["subset"]
+    loader = DeviceLoader(*to_device(train_set, CPU), SimCLRAugment(16, trained["args"]["jitter_strength"]), one_of(1),
+                          32, trained["args"]["seed"], num_views=2 if stage_1 else 1, drop_last=stage_1)
+    epochs = [list(loader.epoch(epoch, subset)) for epoch in range(2)]
+    images = sum(len(labels) for _, labels in epochs[0])
+    assert images == {"pretrain_bns": 96, "lineprob_bns": len(subset), "finetune_ipdpp": len(subset)}[
+        trained["args"]["stage"]]
 
-    monkeypatch.setattr(engine, "SimCLRAugment", Recorded)
-    epoch_batches = spy(monkeypatch, "epoch_batches")
-    args = arguments(script, tmp_path, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 32, "--blr", 1e-3,
-                     "--accum_iter", accum_iter, "--weight_decay", WEIGHT_DECAY, *flags)
-    history = script.main(args)
-
-    torch.manual_seed(args.seed)
-    encoder, labels = create_encoder("test_resnet", 16), torch.tensor(FewImages(10).targets)
-    model = BNSNetwork(encoder) if script is pretrain else Classifier(encoder, 10, frozen=script is lineprob)
+    torch.manual_seed(trained["args"]["seed"])
+    encoder = create_encoder("test_resnet", 16)
+    model = BNSNetwork(encoder) if stage_1 else Classifier(encoder, 10, frozen=script is lineprob)
     # The same kernels, since Adam makes a whole step of a gradient that is nothing but rounding.
     model = model.train().to(memory_format=torch.channels_last)
-    views = iter([view.contiguous(memory_format=torch.channels_last) for view in views])
+    counts = torch.bincount(torch.tensor(train_set.targets)[subset])
+    prior = torch.log(counts / counts.sum()) if "logit_adjusted" in flags else torch.zeros(10)
 
-    def loss_of(batch):
-        if script is not pretrain:
-            return F.cross_entropy(model(next(views)), labels[batch])
-        projections = model(next(views), next(views))
-        loss = BNSLoss()(*projections, labels[batch])
-        assert loss.item() == pytest.approx(plain_bns_loss(*projections, labels[batch]).item(), abs=1e-5)
+    def loss_of(views, labels):
+        if not stage_1:
+            return F.cross_entropy(model(*views) + prior, labels)
+        projections = model(*views)
+        loss = BNSLoss()(*projections, labels)
+        assert loss.item() == pytest.approx(plain_bns_loss(*projections, labels).item(), abs=1e-5)
         return loss
 
-    epochs = [batches for _, batches in epoch_batches[-2:]]
     losses = plain_training(model, epochs, loss_of, 1e-3 * 32 * accum_iter / 256, accum_iter)
-    assert next(views, None) is None
     assert [record["train_loss"] for record in history] == pytest.approx(losses, abs=1e-5)
-    ours = load_checkpoint(final_file(script, tmp_path))["model"]
+    assert [record["train_images"] for record in history] == [images] * 2
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=0, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(trained["model"][name], value, atol=1e-5, rtol=0,
+                                   msg=lambda text, name=name: f"{name}: {text}")
+
+
+def rates(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [event.value for event in events.Scalars("lr")]
 
 
 @pytest.mark.parametrize("accum_iter", [1, 3])
-def test_learning_rate_at_every_update(accum_iter, tmp_path, monkeypatch):
-    log_epoch = spy(monkeypatch, "log_epoch")
-    run(lineprob, tmp_path, "--epochs", 6, "--warmup_epochs", 2, "--batch_size", 10, "--num_samples", 10,
-        "--lr", 0.3, "--min_lr", 0.01, "--accum_iter", accum_iter)
-    rates = [rate.item() for (_, _, curves, *_), _ in log_epoch for rate in curves["lr"]]
-    updates = math.ceil(math.ceil(55 / 10) / accum_iter)  # 55 images: 10 of each of 4 classes, 15 of the others
-    assert len(rates) == 6 * updates
-    assert rates == pytest.approx([plain_lr(i / updates, 0.3, 0.01, 2, 6) for i in range(6 * updates)], rel=1e-5)
+def test_learning_rate_at_every_update(accum_iter, tmp_path):
+    history = run(lineprob, tmp_path, "--epochs", 6, "--warmup_epochs", 2, "--batch_size", 10, "--num_samples", 10,
+                  "--lr", 0.3, "--min_lr", 0.01, "--accum_iter", accum_iter)
+    updates = math.ceil(math.ceil(58 / 10) / accum_iter)  # 58 images: 10 of each of 4 classes, 18 of the others
+    expected = [plain_lr(i / updates, 0.3, 0.01, 2, 6) for i in range(6 * updates)]
+    assert rates(tmp_path) == pytest.approx(expected, rel=1e-5)
+    assert [record["train_lr"] for record in history] == pytest.approx(expected[updates - 1::updates], rel=1e-6)
 
 
-# --------------------------------------------------------------------------------------- batches and predictions
+@pytest.mark.parametrize("script, batch_size, steps, flags", [
+    (pretrain, 48, 2, []), (lineprob, 10, 6, ["--num_samples", 10]), (finetune, 10, 6, ["--num_samples", 10])])
+def test_more_accumulation_than_an_epoch_has_steps_does_not_raise_the_learning_rate(script, batch_size, steps, flags,
+                                                                                    tmp_path):
+    for accum_iter in (steps, 100):
+        run(script, tmp_path / str(accum_iter), "--epochs", 2, "--warmup_epochs", 1, "--batch_size", batch_size,
+            "--blr", 0.01, "--accum_iter", accum_iter, *flags)
+        assert rates(tmp_path / str(accum_iter)) == pytest.approx([0, 0.01 * batch_size * steps / 256], rel=1e-5)
 
 
-def test_epoch_batches_are_a_permutation():
-    subset = torch.arange(1000, 1103)
-    batches = engine.epoch_batches(subset, 10, 11, 0, 0, one_of(1))
-    assert [len(batch) for batch in batches] == [10] * 10 + [3]
-    assert sorted(torch.cat(batches).tolist()) == subset.tolist() != torch.cat(batches).tolist()
-    dropped = engine.epoch_batches(subset, 10, 10, 0, 0, one_of(1))
-    assert [len(batch) for batch in dropped] == [10] * 10 and len(torch.cat(dropped).unique()) == 100
+def test_a_long_warm_up_is_cut_aloud(tmp_path, capsys):
+    run(lineprob, tmp_path, "--epochs", 5, "--warmup_epochs", 5, "--num_samples", 2, "--lr", 0.3)
+    assert "--warmup_epochs: 5 of --epochs 5 would leave none, so 1 it is" in capsys.readouterr().out
+    assert rates(tmp_path) == pytest.approx([plain_lr(epoch, 0.3, 0, 1, 5) for epoch in range(5)], rel=1e-5)
 
 
-def test_epoch_batches_repeat_by_seed_and_epoch():
-    def order(seed, epoch):
-        return torch.cat(engine.epoch_batches(torch.arange(50), 8, 7, seed, epoch, one_of(1))).tolist()
-
-    assert order(1, 2) == order(1, 2)
-    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+# --------------------------------------------------------------------------------------- predictions
 
 
-@pytest.mark.parametrize("images", [103, 120])
-def test_processes_share_an_epoch(images):
-    shares = [engine.epoch_batches(torch.arange(images), 10, 6, 0, 0, one_of(2, rank)) for rank in range(2)]
-    sizes = [[len(batch) for batch in share] for share in shares]
-    assert sizes[0] == sizes[1] and sizes[0][:5] == [10] * 5
-    assert len(torch.cat(sum(shares, []))) == images + images % 2
-    assert torch.cat(sum(shares, [])).unique().tolist() == list(range(images))
-    together = engine.epoch_batches(torch.arange(images), 20, 6, 0, 0, one_of(1))
-    for step in range(5):
-        assert set(together[step].tolist()) == set(torch.cat([share[step] for share in shares]).tolist())
-
-
-def test_streams_differ_in_every_part():
-    keys = itertools.product(range(3), repeat=4)
-    seeds = {engine.stream(*key) for key in keys} | {engine.stream(0, 1), engine.stream(1, 0)}
-    assert len(seeds) == 83 and all(0 <= seed < 2 ** 63 for seed in seeds)
-    assert engine.stream(5, 6, 7) == engine.stream(5, 6, 7)
+def small_run(world_size=1, rank=0):
+    """As much of a Run as `predict` needs."""
+    return SimpleNamespace(processes=one_of(world_size, rank), autocast=nullcontext,
+                           args=SimpleNamespace(input_size=16, eval=None))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_predict_equals_a_direct_forward(world_size, monkeypatch):
-    monkeypatch.setattr(engine, "EVAL_BATCH", 8)
+def test_predict_equals_a_direct_forward(world_size):
     model = Classifier(create_encoder("test_resnet", 16), 10).train()
     images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
-    shares = [engine.predict(model, images, one_of(world_size, rank), nullcontext, 16) for rank in range(world_size)]
+    shares = [predict(model, images, small_run(world_size, rank), batch_size=8) for rank in range(world_size)]
     small = F.interpolate(images / 255, size=(16, 16), mode="bilinear", antialias=True)
     with torch.no_grad():
         expected = model.eval()(small)
     torch.testing.assert_close(sum(shares), expected, atol=1e-5, rtol=1e-5)
     features = torch.rand(20, 96)
-    logits = engine.predict(model.lin, features, one_of(1), nullcontext, 16)
-    torch.testing.assert_close(logits, model.lin(features).detach())
-
-
-def test_true_label_log_probabilities_keep_the_digits_of_confident_predictions():
-    logits, labels = torch.tensor([[30.0, 0.0], [1.0, 3.0], [0.0, 0.0]]), torch.tensor([0, 0, 1])
-    expected = [-math.log1p(math.exp(-30)), -math.log1p(math.exp(2)), -math.log(2)]
-    assert engine.true_label_log_probabilities(logits, labels).tolist() == pytest.approx(expected, rel=1e-2, abs=0)
+    torch.testing.assert_close(predict(model.lin, features, small_run()), model.lin(features).detach())
 
 
 # --------------------------------------------------------------------------------------- drawn subsets
 
 
-@pytest.mark.parametrize("sampler", ["exact", "mcmc", "uniform"])
-def test_draw_balanced(sampler):
-    targets = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [40, 10, 11, 3]))
-    log_p = np.log(np.random.default_rng(1).random(64))
-
-    def drawn(seed, epoch):
-        return engine.draw_balanced(log_p, targets, 10, seed, epoch, sampler, "paper", 50)
-
-    chosen = drawn(0, 0)
-    assert chosen.dtype == np.int64 and len(set(chosen)) == len(chosen)
-    assert np.bincount(targets[chosen]).tolist() == [10, 10, 10, 3]
-    assert set(np.flatnonzero((targets == 1) | (targets == 3))) <= set(chosen)
-    assert np.array_equal(chosen, drawn(0, 0))
-    assert not np.array_equal(chosen, drawn(0, 1)) and not np.array_equal(chosen, drawn(1, 0))
+def checkpoints(folder, epochs):
+    return [load_checkpoint(folder / f"checkpoint-{epoch}.pth") for epoch in range(epochs)]
 
 
 @pytest.mark.parametrize("epochs, sampling_freq, expected", [
     (5, 2, [0, 1, 3]), (6, 3, [0, 2]), (4, 1, [0, 1, 2]), (1, 10, [0]), (3, 10, [0])])
-def test_redraw_schedule(epochs, sampling_freq, expected, tmp_path, monkeypatch):
-    draws, used = spy(monkeypatch, "draw_balanced"), spy(monkeypatch, "epoch_batches")
-    run(finetune, tmp_path, "--epochs", epochs, "--sampling_freq", sampling_freq, "--num_samples", 5)
-    assert [args[4] for args, _ in draws] == expected
-    current = None
-    for epoch, ((subset, *_), _) in enumerate(used):
-        current = dict(zip(expected, (drawn for _, drawn in draws))).get(epoch, current)
-        assert subset.tolist() == current.tolist()
+def test_redraw_schedule(epochs, sampling_freq, expected, tmp_path):
+    run(finetune, tmp_path, "--epochs", epochs, "--sampling_freq", sampling_freq, "--num_samples", 5, "--save_freq", 1,
+        "--keep_checkpoints", 0)
+    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in records if "drawn" in record] == expected
+    subsets = [checkpoint["subset"] for checkpoint in checkpoints(tmp_path, epochs)]
+    for epoch in range(1, epochs):
+        assert torch.equal(subsets[epoch], subsets[epoch - 1]) == (epoch not in expected)
 
 
-def test_draws_see_the_current_model_on_clean_images(tmp_path, monkeypatch):
-    draws = spy(monkeypatch, "draw_balanced")
-    run(finetune, tmp_path, "--epochs", 4, "--sampling_freq", 2, "--num_samples", 5, "--batch_size", 20, "--blr", 0.1,
-        "--warmup_epochs", 0, "--save_freq", 1, "--keep_checkpoints", 0)
-    train_set, targets = FewImages(10), torch.tensor(FewImages(10).targets)
-    images = F.interpolate(torch.from_numpy(train_set.data).permute(0, 3, 1, 2) / 255, size=(16, 16), mode="bilinear",
-                           antialias=True)
+@pytest.mark.parametrize("sampler, kernel", [("exact", "paper"), ("exact", "published"), ("uniform", "paper")])
+def test_draws_see_the_current_model_on_clean_images(sampler, kernel, tmp_path):
+    history = run(finetune, tmp_path, "--epochs", 4, "--sampling_freq", 2, "--num_samples", 15, "--batch_size", 20,
+                  "--blr", 0.1, "--warmup_epochs", 0, "--save_freq", 1, "--keep_checkpoints", 0,
+                  "--ipdpp_sampler", sampler, "--ipdpp_kernel", kernel)
+    saved = checkpoints(tmp_path, 4)
+    assert [record["epoch"] for record in history if "drawn" in record] == [0, 1]
+    train_set, targets = ToyCIFAR(10), torch.tensor(ToyCIFAR(10).targets)
+    images = torch.from_numpy(train_set.data).permute(0, 3, 1, 2) / 255
+    images = F.interpolate(images, size=(16, 16), mode="bilinear", antialias=True)
     torch.manual_seed(42)
-    model = Classifier(create_encoder("test_resnet", 16), 10).eval()
-    cut = (train_set.class_counts > 5)[targets]
-    for args, _ in draws:
-        if args[4] == 1:
-            load_weights(model, load_checkpoint(tmp_path / "checkpoint-0.pth")["model"], "checkpoint-0.pth")
+    model, seen = Classifier(create_encoder("test_resnet", 16), 10), []
+    for epoch in (0, 1):
+        if epoch:
+            load_weights(model, saved[epoch - 1]["model"], "the checkpoint before the draw")
         with torch.no_grad():
-            log_p = F.log_softmax(model(images), 1)[torch.arange(len(targets)), targets].numpy()
-        np.testing.assert_allclose(args[0][cut], log_p[cut], atol=1e-4)
-        assert args[5:7] == ("exact", "paper")
-    assert np.abs(draws[0][0][0] - draws[1][0][0]).max() > 0.01
+            logits = model.eval()(images)
+        log_p = F.log_softmax(logits.double(), 1)[torch.arange(len(targets)), targets]
+        subset = draw_subset(log_p.numpy(), targets, 15, (42, epoch), sampler, kernel)
+        assert torch.equal(saved[epoch]["subset"], subset)
+        if sampler == "exact" and epoch == 1:  # at first, all p are about 0.1
+            other = draw_subset(log_p.numpy(), targets, 15, (42, epoch), sampler, KERNELS[kernel == "paper"])
+            assert not torch.equal(subset, other), "or the other kernel would pass too"
+        margins = torch.stack([row[c] - torch.cat((row[:c], row[c + 1:])).max()
+                               for row, c in zip(logits, targets, strict=True)])
+        is_drawn = torch.isin(torch.arange(len(targets)), subset)
+        assert [figures["class"] for figures in history[epoch]["drawn"]] == [0, 1, 2]  # of more than 15 images
+        for figures in history[epoch]["drawn"]:
+            members = targets == figures["class"]
+            expected = {"mean_p": log_p[members].exp().mean().item()}
+            for name, part in (("drawn", members & is_drawn), ("left", members & ~is_drawn)):
+                expected[f"{name}_mean_p"] = log_p[part].exp().mean().item()
+                expected[f"{name}_margin"] = margins[part].mean().item()
+            assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+            assert ("changed" in figures) == (epoch == 1) and ("max_inclusion" in figures) == (sampler == "exact")
+        seen.append(log_p)
+    assert (seen[0] - seen[1]).abs().max() > 0.01, "or an old model's draw would pass too"
 
 
-def test_probing_subset_is_seeded_balanced_and_stays(tmp_path, monkeypatch):
-    used = spy(monkeypatch, "epoch_batches")
+@pytest.mark.parametrize("sampler, said", [("mcmc", 1), ("exact", 0)])
+def test_the_chains_run_says_once_how_many_steps_it_needs(sampler, said, tmp_path, capsys):
+    run(finetune, tmp_path, "--epochs", 3, "--sampling_freq", 1, "--num_samples", 10, "--ipdpp_sampler", sampler,
+        "--mcmc_steps", 20)
+    assert capsys.readouterr().out.count("--mcmc_steps 20: the chain mixes in about 46 steps; with far fewer") == said
+
+
+def test_probing_subset_is_seeded_balanced_and_stays(tmp_path):
+    subsets = []
     for i, seed in enumerate((0, 0, 1)):
-        run(lineprob, tmp_path / str(i), "--epochs", 3, "--num_samples", 5, "--seed", seed)
-    subsets = [subset for (subset, *_), _ in used]
-    first, again, other = subsets[:3], subsets[3:6], subsets[6:]
-    assert all(torch.equal(subset, first[0]) for subset in first + again)
-    assert all(torch.equal(subset, other[0]) for subset in other) and not torch.equal(first[0], other[0])
-    counts = FewImages(10).class_counts
-    assert np.bincount(np.array(FewImages(10).targets)[first[0]]).tolist() == np.minimum(counts, 5).tolist()
+        run(lineprob, tmp_path / str(i), "--epochs", 3, "--num_samples", 5, "--seed", seed, "--save_freq", 1)
+        first, *others = [checkpoint["subset"] for checkpoint in checkpoints(tmp_path / str(i), 3)]
+        assert all(torch.equal(subset, first) for subset in others)
+        subsets.append(first)
+    assert torch.equal(subsets[0], subsets[1]) and not torch.equal(subsets[0], subsets[2])
+    train_set = ToyCIFAR(10)
+    assert np.bincount(np.array(train_set.targets)[subsets[0]]).tolist() == train_set.class_counts.clip(max=5).tolist()
 
 
-# --------------------------------------------------------------------------------------- reports
+# --------------------------------------------------------------------------------------- records and refusals
 
 
-@pytest.mark.parametrize("script", [lineprob, finetune])
-@pytest.mark.parametrize("amp", ["none", "bfloat16"])
-def test_eval_repeats_the_last_epoch_exactly(script, amp, tmp_path, capsys):
-    flags = ["--amp", amp, "--blr", 0.05, "--batch_size", 20]
-    before, last = run(script, tmp_path, "--epochs", 2, "--num_samples", 10, *flags)
-    trained = capsys.readouterr().out
-    metrics = run(script, tmp_path, "--eval", final_file(script, tmp_path), *flags)
-    taken, *evaluated = capsys.readouterr().out.splitlines()
-    assert taken == "from the checkpoint: num_samples 10"
-    assert {name: value for name, value in last.items() if name.startswith("test_")} == {
-        f"test_{name}": value for name, value in metrics.items()}
-    assert last["test_loss"] != before["test_loss"]
-    lines = [line for line in trained.splitlines() if re.match(r"\* |Accuracy of the network", line)]
-    assert len(lines) == 8 and lines[-4:] == evaluated[:4]
-    percent, fraction = r"\d+\.\d{3}", r"[01]\.\d{3}"
-    assert re.fullmatch(rf"\* Acc@1 {percent} Acc@5 {percent} loss {percent}", lines[0])
-    assert re.fullmatch(r"Accuracy of the network on the 100 test images: \d+\.\d%", lines[1])
-    shots = " ".join(rf"{name}-Shot Acc@1 {fraction}" for name in ("Many", "Medium", "Few"))
-    assert re.fullmatch(rf"\* {shots}", lines[2])
-    shots = " ".join(rf"{name}-Shot {fraction}" for name in ("Many", "Medium", "Few"))
-    assert re.fullmatch(rf"\* logit-adjusted \(tau 1\): Acc@1 {percent} {shots}", lines[3])
-    best = max(before["test_acc1"], last["test_acc1"])
-    assert re.findall(r"^Max accuracy: (.*)$", trained, re.M) == [f"{before['test_acc1']:.2f}%", f"{best:.2f}%"]
+@pytest.mark.parametrize("script, flags, evaluated, drawn", [
+    (pretrain, ["--eval_freq", 2], [1, 2], []), (lineprob, ["--eval_freq", 2], [1, 2], []),
+    (finetune, ["--num_samples", 5, "--sampling_freq", 1], [0, 1, 2], [0, 1])])
+def test_log_holds_one_object_per_epoch(script, flags, evaluated, drawn, tmp_path):
+    figures = {f"test_{name}" for name in ("acc1", "acc5", "loss", "many", "medium", "few", "per_class")}
+    figures |= {f"test_adjusted_{name}" for name in ("acc1", "many", "medium", "few")}
+    if script is pretrain:
+        figures = {f"knn_{name}" for name in ("acc1", "many", "medium", "few")}
+    history = run(script, tmp_path, "--epochs", 3, "--batch_size", 60, *flags)
+    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert records == history
+    for epoch, record in enumerate(records):
+        expected = {"epoch", "train_loss", "train_lr", "train_images"}
+        expected |= (figures if epoch in evaluated else set()) | ({"drawn"} if epoch in drawn else set())
+        assert set(record) == expected and record["epoch"] == epoch
 
 
-def test_log_holds_one_object_per_epoch(tmp_path):
-    always = {"epoch", "train_loss", "train_lr", "train_images"}
-    tested = {f"test_{name}" for name in ("acc1", "acc5", "loss", "many", "medium", "few", "per_class")}
-    tested |= {f"test_adjusted_{name}" for name in ("acc1", "many", "medium", "few")}
-    knn = {f"knn_{name}" for name in ("acc1", "many", "medium", "few")}
-    for script, flags, expected in (
-            (pretrain, ["--eval_freq", 2], [always, always | knn, always | knn]),
-            (lineprob, ["--eval_freq", 2], [always, always | tested, always | tested]),
-            (finetune, ["--num_samples", 5, "--sampling_freq", 1],
-             [always | tested | {"drawn"}, always | tested | {"drawn"}, always | tested])):
-        history = run(script, tmp_path / script.__name__, "--epochs", 3, "--batch_size", 60, *flags)
-        records = [json.loads(line) for line in (tmp_path / script.__name__ / "log.txt").read_text().splitlines()]
-        assert records == history
-        assert [set(record) for record in records] == expected
-        assert [record["epoch"] for record in records] == [0, 1, 2]
-
-
-def test_not_finite_losses_and_weights_are_refused():
+def test_not_finite_losses_weights_and_outputs_are_refused():
     model = torch.nn.Linear(2, 2)
-    engine.check_finite(1.0, 3, model)
+    check_finite(1.0, 3, model)
     for loss in (math.nan, math.inf, -math.inf):
         with pytest.raises(UserError, match=f"loss became {loss} in epoch 3"):
-            engine.check_finite(loss, 3)
+            check_finite(loss, 3)
+    inputs = torch.rand(30, 2)
+    for value in (math.nan, math.inf):
+        inputs[29, 0] = value  # of the last batch
+        with pytest.raises(UserError, match="outputs are not finite"):
+            predict(model, inputs, small_run(), batch_size=8)
     model.weight.data[0, 1] = math.nan
     with pytest.raises(UserError, match="weight stopped being finite in epoch 3"):
-        engine.check_finite(1.0, 3, model)
+        check_finite(1.0, 3, model)
 
 
 def test_a_diverged_run_stops_before_its_checkpoint(tmp_path):
     with pytest.raises(UserError, match="in epoch 1"):
-        run(finetune, tmp_path, "--epochs", 3, "--warmup_epochs", 1, "--lr", 1e36, "--num_samples", 50)
+        run(finetune, tmp_path, "--epochs", 3, "--warmup_epochs", 1, "--lr", 1e36, "--num_samples", 50,
+            "--save_freq", 1, "--eval_freq", 100)
     assert [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint-0.pth"]
 
 
+@pytest.mark.parametrize("flags", [["--epochs", 2], ["--epochs", 6, "--sampling_freq", 1]])
+def test_float16_that_overflows_ends_in_one_line(flags, tmp_path, capsys):
+    """The training itself goes on: it is the evaluation, and the draw, whose features are too large for float16."""
+    code = command_line("main_cifar10_finetune_ipdpp", "--toy_data", "--model", "test_resnet", "--input_size", 16,
+                        "--device", "cpu", "--num_samples", 20, "--warmup_epochs", 0, "--lr", 1, "--amp", "float16",
+                        "--output_dir", tmp_path, *flags)
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1) and "outputs are not finite" in error
+    for line in (tmp_path / "log.txt").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+# No last batch has one image, which batch norm cannot train on where the features are 1 x 1.
+@pytest.mark.parametrize("flags", [
+    ["--model", "mobilenetv3_small_050", "--input_size", 32, "--num_samples", 1, "--batch_size", 3],
+    ["--model", "resnet18", "--input_size", 8, "--num_samples", 1, "--batch_size", 9]])
+def test_the_last_image_of_an_epoch_is_not_alone(flags, tmp_path):
+    record, = run(finetune, tmp_path, "--epochs", 1, *flags)
+    assert record["train_images"] == 10
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--batch_size", 1], "at least 2"), (["--input_size", 1], "at least 2"), (["--seed", 2**64], "at most 9223"),
+    (["--min_lr", 0.1], "--min_lr: found 0.1, expected at most the learning rate, 0.0005"),
+    (["--min_lr", 0.1, "--lr", 0.01], "--min_lr: found 0.1, expected at most the learning rate, 0.01")])
+@pytest.mark.parametrize("name", ["main_cifar10_pretrain_bns", "main_cifar10_lineprob_bns",
+                                  "main_cifar10_finetune_ipdpp"])
+def test_flags_that_no_run_can_take_are_refused_in_a_line(name, flags, expected, tmp_path, capsys):
+    code = command_line(name, "--toy_data", "--model", "test_resnet", "--input_size", 16, "--device", "cpu",
+                        "--epochs", 2, "--batch_size", 64, "--blr", 0.002, "--output_dir", tmp_path, *flags)
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1) and expected in error and flags[0] in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_seed_is_taken(tmp_path):
+    run(finetune, tmp_path, "--epochs", 2, "--num_samples", 2, "--seed", 2**63 - 1)
+
+
 def test_amp_auto_is_bfloat16_where_the_cpu_has_it(monkeypatch):
-    cpu = torch.device("cpu")
     for capabilities, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
                                    ({"avx2": True}, None)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-        assert engine.amp_dtype("auto", cpu) is expected
-    assert [engine.amp_dtype(name, cpu) for name in ("bfloat16", "float16", "none")] == [
-        torch.bfloat16, torch.float16, None]
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert amp_dtype("auto", CPU) is expected
+    assert [amp_dtype(name, CPU) for name in ("bfloat16", "float16", "none")] == [torch.bfloat16, torch.float16, None]
+
+
+# --------------------------------------------------------------------------------------- on a GPU
 
 
 @pytest.mark.gpu
@@ -380,20 +346,22 @@ def test_training_and_evaluation_on_cuda(amp, tmp_path):
     run(pretrain, tmp_path / "p", "--epochs", 2, *flags)
     history = run(finetune, tmp_path / "f", "--epochs", 2, "--resume", final_file(pretrain, tmp_path / "p"), *flags)
     metrics = run(finetune, tmp_path / "f", "--eval", final_file(finetune, tmp_path / "f"), *flags)
-    assert math.isfinite(history[-1]["train_loss"]) and metrics["acc1"] == history[-1]["test_acc1"]
+    assert math.isfinite(history[-1]["train_loss"]) and metrics["test_acc1"] == history[-1]["test_acc1"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("script", [pretrain, lineprob, finetune])
 def test_steps_do_not_wait_for_the_gpu(script, tmp_path, monkeypatch):
-    train_one_epoch = engine.train_one_epoch
+    iterate = EpochBatches.__iter__
 
-    def watched(*args):
-        torch.cuda.set_sync_debug_mode("error")
+    def watched(batches):
+        if batches.epoch:  # libraries that load in the first epoch may wait
+            torch.cuda.set_sync_debug_mode("error")
         try:
-            return train_one_epoch(*args)
+            yield from iterate(batches)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(engine, "train_one_epoch", watched)
+    monkeypatch.setattr(EpochBatches, "__iter__", watched)
+    monkeypatch.setattr(Progress, "due", lambda self: False)  # a line about the loss waits for it
     run(script, tmp_path, "--epochs", 2, "--batch_size", 32, "--device", "cuda", "--amp", "bfloat16")

@@ -7,8 +7,15 @@ from timm.utils import accuracy
 
 from models import create_encoder
 from util.imbalanced_cifar import ImbalanceCIFAR10, ImbalanceCIFAR100
-from util.metrics import (KNNClassifier, adjust_logits, classification_metrics, confusion_matrix, log_class_shares,
-                          shot_groups)
+from util.metrics import (
+    KNNClassifier,
+    LogitAdjustedLoss,
+    adjust_logits,
+    classification_metrics,
+    confusion_matrix,
+    log_class_shares,
+    shot_groups,
+)
 
 # three classes with 600, 300 and 100 training images; of their test images 2 of 2, 1 of 3 and 0 of 1 are right
 LOGITS = torch.tensor([[2., 0., 0.], [5., 1., 0.], [0., 3., 1.], [4., 0., 0.], [0., 0., 2.], [0., 1., 0.]])
@@ -22,7 +29,7 @@ def test_hand_computed_figures():
     assert (metrics["many"], metrics["medium"], metrics["few"]) == pytest.approx((1, 1 / 3, 0))
     assert metrics["per_class"] == pytest.approx([1, 1 / 3, 0])
     log_likelihoods = [math.log(math.exp(row[target]) / sum(map(math.exp, row)))
-                       for row, target in zip(LOGITS.tolist(), TARGETS.tolist())]
+                       for row, target in zip(LOGITS.tolist(), TARGETS.tolist(), strict=True)]
     assert metrics["loss"] == pytest.approx(-sum(log_likelihoods) / 6, abs=1e-6)
     for name in ("acc1", "acc5", "loss", "many", "medium", "few"):
         assert type(metrics[name]) is float
@@ -64,7 +71,7 @@ def test_agrees_with_timm_and_with_counting(num_classes):
     groups = {"many": lambda n: n > 500, "medium": lambda n: 200 <= n <= 500, "few": lambda n: n < 200}
     for name, belongs in groups.items():
         hits = [max(range(num_classes), key=row.__getitem__) == target
-                for row, target in zip(logits.tolist(), targets.tolist()) if belongs(counts[target])]
+                for row, target in zip(logits.tolist(), targets.tolist(), strict=True) if belongs(counts[target])]
         assert metrics[name] == (pytest.approx(sum(hits) / len(hits)) if hits else None)
 
 
@@ -102,22 +109,31 @@ def test_adjusted_logits_by_hand():
 def test_equal_adjusted_logits_go_to_the_first_class():
     logits, counts = torch.tensor([[math.log(3), 0.0]]), [75, 25]
     assert adjust_logits(logits.double(), counts)[0].tolist() == pytest.approx([math.log(4), math.log(4)])
-    metrics = classification_metrics(adjust_logits(torch.zeros(2, 2), [50, 50]), torch.tensor([0, 1]), [600, 100], THRESHOLDS)
+    adjusted = adjust_logits(torch.zeros(2, 2), [50, 50])
+    metrics = classification_metrics(adjusted, torch.tensor([0, 1]), [600, 100], THRESHOLDS)
     assert (metrics["acc1"], metrics["many"], metrics["few"]) == (50, 1, 0)
 
 
 def test_training_on_shifted_logits_and_predicting_on_adjusted_ones_undo_each_other():
-    """Cross-entropy of logits plus log share is that of logits whose adjustment gives them back (Menon et al., eq. 10)."""
+    """Cross-entropy of logits plus log share is that of logits that adjustment gives back (Menon et al., eq. 10)."""
     logits, counts = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), [70, 20, 10]
     torch.testing.assert_close(adjust_logits(logits + log_class_shares(counts), counts), logits)
+
+
+def test_adjusted_loss_by_hand():
+    logits, labels, counts = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([0, 2]), [80, 16, 4]
+    odds = [[share * math.exp(logit) for share, logit in zip((0.8, 0.16, 0.04), row, strict=True)]
+            for row in logits.tolist()]
+    expected = -(math.log(odds[0][0] / sum(odds[0])) + math.log(odds[1][2] / sum(odds[1]))) / 2
+    assert LogitAdjustedLoss(counts)(logits, labels).item() == pytest.approx(expected, rel=1e-6)
 
 
 def knn_by_loops(features, labels, queries, num_classes, k, temperature):
     votes = []
     for query in queries.tolist():
         similarities = []
-        for feature, label in zip(features.tolist(), labels.tolist()):
-            dot = sum(a * b for a, b in zip(query, feature))
+        for feature, label in zip(features.tolist(), labels.tolist(), strict=True):
+            dot = sum(a * b for a, b in zip(query, feature, strict=True))
             norms = math.sqrt(sum(a * a for a in query)) * math.sqrt(sum(b * b for b in feature))
             similarities.append((dot / norms, label))
         vote = [0.0] * num_classes

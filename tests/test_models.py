@@ -70,7 +70,7 @@ def test_each_view_has_its_own_batch_statistics():
     network = BNSNetwork(create_encoder("test_resnet"), 16)
     bright, dark = random_images(8, seed=1), 0.2 * random_images(8, seed=2)
     projections = network(bright, dark)
-    for view, projection in zip((bright, dark), projections):
+    for view, projection in zip((bright, dark), projections, strict=True):
         torch.testing.assert_close(projection, network(view)[0])
     together = torch.cat(projections) - network(torch.cat((bright, dark)))[0]
     assert together.abs().max() > 0.1

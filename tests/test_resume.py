@@ -1,120 +1,54 @@
+"""A run that was killed, stopped or changed goes on as it should: at the start of an epoch, as if nothing had been."""
+import functools
 import json
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
-from kill_resume import STAGES, Run, differences, kill_and_resume, tensorboard
+import torch
+from conftest import run
+from run_process import STAGES, at_step, differences, finish, kill_and_resume, signal_self, tensorboard
 
 from util.checkpoint import load_checkpoint
 
-
-def finish(stage, folder, *flags, code=0, **limits):
-    run = Run(stage, folder, *flags, **limits)
-    assert run.end() == code, run.console.read_text()
-    return run.console.read_text()
+PRETRAIN, LINEPROB, FINETUNE = (f"main_cifar10_{stage}" for stage in STAGES)
 
 
-def files(folder):
-    return sorted(path.name for path in folder.iterdir() if path.suffix == ".pth" or path.name == "log.txt")
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def extractor(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("extractor")
-    finish("pretrain_bns", folder, "--epochs", 1)
-    return folder / "pretrain_bns_cifar10_if100.pth"
+def epochs(folder):
+    return [record["epoch"] for record in records(folder)]
 
 
+# ---------------------------------------------------------------------------------------- killed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_resumed_run_ends_as_one_left_alone(stage, tmp_path, extractor):
-    source = None if stage == "pretrain_bns" else extractor
+def test_killed_and_resumed_run_ends_as_one_left_alone(stage, tmp_path):
+    source = None
+    if stage != "pretrain_bns":
+        finish("pretrain_bns", tmp_path / "extractor", "--epochs", 1)
+        source = tmp_path / "extractor" / "pretrain_bns_cifar10_if100.pth"
     found, landed = kill_and_resume(stage, tmp_path, source, kills=3, epochs=6, rng=random.Random(1))
     assert not found and landed == 3
 
 
-@pytest.mark.parametrize("stage, signum", [("pretrain_bns", signal.SIGINT), ("finetune_ipdpp", signal.SIGTERM)])
-def test_stopped_amid_an_epoch_and_resumed_run_ends_as_one_left_alone(stage, signum, tmp_path):
-    flags = ["--epochs", 3, "--batch_size", 8] + ["--sampling_freq", 1] * (stage == "finetune_ipdpp")
-    finish(stage, tmp_path / "reference", *flags)
-
-    run = Run(stage, tmp_path / "stopped", *flags, latest_every=60.0)
-    assert run.wait_until(lambda: run.says("epoch 0  train_loss"))
-    assert run.kill(signum) == 128 + signum
-    assert run.says("stopped in epoch 1 after step") and run.says("add --resume auto to the command")
-    assert load_checkpoint(tmp_path / "stopped" / "checkpoint-latest.pth")["partial"]["step"] > 0
-    # Killed after the stopped epoch was logged and before it was saved: it is logged a second time.
-    run = Run(stage, tmp_path / "stopped", *flags, "--resume", "auto", latest_every=60.0)
-    assert run.wait_until(lambda: run.says("epoch 1  train_loss") and len(json_lines(tmp_path / "stopped")) == 2)
-    assert run.kill(signal.SIGKILL) == -signal.SIGKILL
-    finish(stage, tmp_path / "stopped", *flags, "--resume", "auto")
-    assert differences(tmp_path / "stopped", tmp_path / "reference", stage) == []
-
-
-def json_lines(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
-
-
-def test_tensorboard_has_each_epoch_once(tmp_path):
-    flags = ["--sampling_freq", 1, "--batch_size", 30, "--resume", "auto"]
-    for epochs in (2, 4):
-        finish("finetune_ipdpp", tmp_path, *flags, "--epochs", epochs)
-    points = tensorboard(tmp_path)
-    steps = {tag: [step for other, step, _ in points if other == tag] for tag, _, _ in points}
-    assert steps["test/acc1"] == [999, 1999, 2999, 3999]
-    assert len(steps["train_loss"]) == len(set(steps["train_loss"])) == 4 * 3
-    assert steps["train_ipdpp/striped disc/mean_p"] == [0, 2000]  # none in the last epoch, which was epoch 1 at first
-
-
-def test_second_ctrl_c_ends_the_run_at_once(tmp_path):
-    run = Run("pretrain_bns", tmp_path, "--epochs", 9, "--batch_size", 240, latest_every=60.0)
-    assert run.wait_until(lambda: run.says("epoch 0  train_loss"))
-    run.send(signal.SIGINT)
-    assert run.wait_until(lambda: run.says("SIGINT: stopping after this step"))
-    assert run.kill(signal.SIGINT) == -signal.SIGINT
-    assert not run.says("--resume auto")
-
-
-def test_changed_flags_are_said_aloud_and_obeyed(tmp_path):
-    finish("lineprob_bns", tmp_path, "--epochs", 2)
-    output = finish("lineprob_bns", tmp_path, "--epochs", 4, "--lr", "0.125", "--batch_size", 69, "--warmup_epochs", 0,
-                    "--resume", tmp_path / "checkpoint-1.pth")
-    for line in ("--epochs: 2 in the checkpoint, 4 from here on", "--lr: None in the checkpoint, 0.125 from here on",
-                 "--batch_size: 20 in the checkpoint, 69 from here on"):
-        assert line in output
-    assert "1 steps an epoch" in output
-    history = json_lines(tmp_path)
-    assert [record["epoch"] for record in history] == [0, 1, 2, 3]
-    assert history[2]["train_lr"] == pytest.approx(0.125 / 2)  # half way through half a cosine over 4 updates
-
-
-def test_newest_checkpoints_are_kept_and_the_final_file_always(tmp_path):
-    flags = ["--save_freq", 1, "--keep_checkpoints", 2]
-    finish("lineprob_bns", tmp_path, *flags, "--epochs", 5)
-    final = "lineprob_bns_cifar10_if100.pth"
-    assert files(tmp_path) == ["checkpoint-3.pth", "checkpoint-4.pth", final, "log.txt"]
-    # Gone back by an epoch, what is written from here on is newer than what has a higher number.
-    flags += ["--epochs", 9, "--start_epoch", 1]
-    finish("lineprob_bns", tmp_path, *flags, "--resume", tmp_path / "checkpoint-3.pth")
-    assert files(tmp_path) == ["checkpoint-7.pth", "checkpoint-8.pth", final, "log.txt"]
-    finish("lineprob_bns", tmp_path / "all", "--save_freq", 1, "--epochs", 5, "--keep_checkpoints", 0)
-    assert files(tmp_path / "all") == [f"checkpoint-{epoch}.pth" for epoch in range(5)] + [final, "log.txt"]
-
-
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path):
     flags = ["--epochs", 4, "--save_freq", 1, "--resume", "auto"]
     finish("pretrain_bns", tmp_path / "reference", *flags)
-    run = Run("pretrain_bns", tmp_path / "full", *flags)
-    assert run.wait_until((tmp_path / "full" / "checkpoint-1.pth").exists)
-    run.kill(signal.SIGKILL)
-    kept = [path for path in files(tmp_path / "full") if path.endswith(".pth")]
+    finish("pretrain_bns", tmp_path / "full", *flags, code=-signal.SIGKILL,
+           prepare=functools.partial(at_step, 2, 0, functools.partial(signal_self, signal.SIGKILL)))
+    kept = sorted((tmp_path / "full").glob("*.pth"))
 
     output = finish("pretrain_bns", tmp_path / "full", *flags, code=2, largest_file=2**20)
     assert "could not write" in output and "File too large" in output and "training goes on" in output
     assert "epoch 3  train_loss" in output and "Traceback" not in output
-    assert [path for path in files(tmp_path / "full") if path.endswith(".pth")] == kept
-    load_checkpoint(tmp_path / "full" / "checkpoint-1.pth")
+    assert sorted((tmp_path / "full").glob("*.pth")) == kept
     finish("pretrain_bns", tmp_path / "full", *flags)
     assert differences(tmp_path / "full", tmp_path / "reference", "pretrain_bns") == []
 
@@ -123,27 +57,153 @@ def die_before_second_checkpoint():
     replace, written = os.replace, []
 
     def replace_or_die(source, target):
-        written.extend([target] * (target.suffix == ".pth"))
+        if target.suffix == ".pth":
+            written.append(target)
         if len(written) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal_self(signal.SIGKILL)
         replace(source, target)
     os.replace = replace_or_die
 
 
+@pytest.mark.slow
 def test_killed_between_the_two_files_of_the_last_epoch(tmp_path):
     flags, killed = ["--epochs", 1, "--resume", "auto"], -signal.SIGKILL
     finish("lineprob_bns", tmp_path, *flags, code=killed, latest_every=60.0, prepare=die_before_second_checkpoint)
-    assert len(list(tmp_path.glob("*.pth"))) == 1
-    finish("lineprob_bns", tmp_path, *flags)
-    load_checkpoint(tmp_path / "lineprob_bns_cifar10_if100.pth")
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["lineprob_bns_cifar10_if100.pth"]
+    assert "nothing left to train" in finish("lineprob_bns", tmp_path, *flags)
 
 
-def test_auto_passes_over_damaged_files_and_finds_the_newest_good_one(tmp_path):
-    flags = ["--epochs", 3, "--save_freq", 1, "--resume", "auto"]
-    finish("lineprob_bns", tmp_path, *flags)
+def test_auto_passes_over_damaged_files_and_finds_the_newest_good_one(quick_runs, tmp_path, capsys):
+    flags = ["--epochs", 3, "--num_samples", 10, "--save_freq", 1, "--resume", "auto"]
+    run(LINEPROB, tmp_path, *flags)
+    assert "no checkpoint" in capsys.readouterr().out
     good = tmp_path / "checkpoint-1.pth"
     for path in (tmp_path / "checkpoint-2.pth", tmp_path / "lineprob_bns_cifar10_if100.pth"):
         path.write_bytes(good.read_bytes()[:-1000])
-    output = finish("lineprob_bns", tmp_path, *flags)
+    run(LINEPROB, tmp_path, *flags)
+    output = capsys.readouterr().out
     assert output.count("passed over") == 2 and f"continuing {good} in epoch 2" in output
-    assert "no checkpoint" in output.splitlines()[1]  # the first time, there was none
+
+
+# ---------------------------------------------------------------------------------------- stopped by a signal
+
+
+def stop_amid(epoch, *signums, pause=0.0):
+    """For `prepare` of a run: signals come between two steps of an epoch."""
+    return functools.partial(at_step, epoch, 1, functools.partial(signal_self, *signums, pause=pause))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, signum", [("pretrain_bns", signal.SIGINT), ("lineprob_bns", signal.SIGHUP),
+                                           ("finetune_ipdpp", signal.SIGTERM)])
+def test_stopped_amid_an_epoch_and_resumed_run_ends_as_one_left_alone(stage, signum, tmp_path):
+    flags = ["--epochs", 4, "--save_freq", 50]
+    finish(stage, tmp_path / "reference", *flags)
+
+    stopped = functools.partial(finish, stage, tmp_path / "stopped", *flags, latest_every=60.0)
+    output = stopped(code=128 + signum, prepare=stop_amid(1, signum))
+    assert f"{signum.name}: stopping after this epoch" in output
+    assert output.splitlines()[-1] == "stopped after epoch 1; add --resume auto to the command to go on from there"
+    assert load_checkpoint(tmp_path / "stopped" / "checkpoint-latest.pth")["epoch"] == 1
+    assert epochs(tmp_path / "stopped") == [0, 1]
+    # Killed after epoch 2 was logged and before it was saved: it is trained and logged a second time.
+    stopped("--resume", "auto", code=-signal.SIGKILL, prepare=stop_amid(3, signal.SIGKILL))
+    assert epochs(tmp_path / "stopped") == [0, 1, 2]
+    assert "in epoch 2" in stopped("--resume", "auto")
+    assert differences(tmp_path / "stopped", tmp_path / "reference", stage) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGTERM)])
+def test_signals_within_a_second_count_as_one_and_a_later_one_ends_at_once(first, second, tmp_path):
+    output = finish("lineprob_bns", tmp_path / "one", "--epochs", 9, code=128 + first,
+                    prepare=stop_amid(1, first, second))
+    assert output.count("stopping after this epoch") == 1 and "stopped after epoch 1" in output
+    output = finish("lineprob_bns", tmp_path / "two", "--epochs", 9, code=-second,
+                    prepare=stop_amid(1, first, second, pause=1.1))
+    assert output.count("stopping after this epoch") == 1 and "stopped after epoch" not in output
+
+
+# ---------------------------------------------------------------------------------------- other flags, other files
+
+
+def test_changed_flags_are_said_aloud_and_obeyed(quick_runs, tmp_path, capsys):
+    flags = ["--num_samples", 10, "--batch_size", 20]
+    run(LINEPROB, tmp_path, *flags, "--epochs", 2)
+    run(LINEPROB, tmp_path, *flags, "--epochs", 4, "--lr", "0.125", "--batch_size", 58, "--warmup_epochs", 0,
+        "--resume", tmp_path / "checkpoint-1.pth")
+    output = capsys.readouterr().out
+    for line in ("--epochs: 2 in the checkpoint, 4 from here on", "--lr: None in the checkpoint, 0.125 from here on",
+                 "--batch_size: 20 in the checkpoint, 58 from here on"):
+        assert line in output
+    assert "1 steps an epoch" in output
+    assert epochs(tmp_path) == [0, 1, 2, 3]
+    assert records(tmp_path)[2]["train_lr"] == pytest.approx(0.125 / 2)  # half way down half a cosine of 4 updates
+
+
+@pytest.mark.parametrize("before, after, images", [
+    ((LINEPROB, "--num_samples", 10), ("--num_samples", 20), 87),
+    ((LINEPROB, "--num_samples", 20), ("--num_samples", 5), 36),
+    ((LINEPROB, "--num_samples", 5), ("--seed", 1), 36),
+    ((FINETUNE, "--ipdpp_sampler", "none", "--num_samples", 10), ("--ipdpp_sampler", "exact"), 58),
+    ((FINETUNE, "--ipdpp_sampler", "exact", "--num_samples", 10), ("--ipdpp_sampler", "none"), 127),
+    ((FINETUNE, "--ipdpp_sampler", "exact", "--num_samples", 10), ("--ipdpp_sampler", "uniform"), 58)])
+def test_a_changed_draw_is_drawn_at_once(before, after, images, quick_runs, tmp_path):
+    """Classes have 50, 30, 18, 11, 7, 4, 3, 2, 1 and 1 images."""
+    run(*before[:1], tmp_path, *before[1:], "--epochs", 2, "--batch_size", 32)
+    old = load_checkpoint(tmp_path / "checkpoint-1.pth")["subset"]
+    run(before[0], tmp_path, *before[1:], *after, "--epochs", 4, "--batch_size", 32, "--resume", "auto")
+    new = load_checkpoint(tmp_path / "checkpoint-3.pth")["subset"]
+    assert [record["train_images"] for record in records(tmp_path)] == [len(old)] * 2 + [images] * 2
+    assert len(new) == images and not torch.equal(old, new)
+
+
+def learning_rates(folder):
+    """All that TensorBoard shows from epoch 2 on, by step."""
+    return {step: value for tag, step, value in tensorboard(folder) if tag == "lr" and step >= 2000}
+
+
+def test_changed_accum_iter_has_the_rate_of_its_own_updates(quick_runs, tmp_path):
+    """The first run stops in the middle of what would be one update of the second."""
+    flags = ["--epochs", 4, "--num_samples", 10, "--batch_size", 8, "--lr", 0.1, "--warmup_epochs", 3,
+             "--save_freq", 2]
+    run(LINEPROB, tmp_path / "whole", *flags, "--accum_iter", 3)
+    run(LINEPROB, tmp_path / "first", *flags)
+    run(LINEPROB, tmp_path / "second", *flags, "--accum_iter", 3, "--resume", tmp_path / "first" / "checkpoint-1.pth")
+    rates = learning_rates(tmp_path / "second")
+    assert rates == learning_rates(tmp_path / "whole") and len(rates) == 2 * 3 and len(set(rates.values())) > 3
+
+
+def test_start_epoch_repeats_no_epoch_of_a_run_that_began_late(quick_runs, tmp_path):
+    flags = ["--num_samples", 5, "--save_freq", 1]
+    run(LINEPROB, tmp_path, *flags, "--epochs", 4, "--start_epoch", 2)
+    run(LINEPROB, tmp_path, *flags, "--epochs", 5, "--start_epoch", 3, "--resume", tmp_path / "checkpoint-3.pth")
+    assert epochs(tmp_path) == [2, 3, 4]
+
+
+def test_tensorboard_has_each_epoch_once(quick_runs, tmp_path):
+    flags = ["--sampling_freq", 1, "--num_samples", 10, "--batch_size", 20, "--resume", "auto"]
+    for total in (2, 4):
+        run(FINETUNE, tmp_path, *flags, "--epochs", total)
+    points = tensorboard(tmp_path)
+    steps = {tag: [step for other, step, _ in points if other == tag] for tag, _, _ in points}
+    assert steps["test/acc1"] == [999, 1999, 2999, 3999]
+    assert len(steps["train_loss"]) == len(set(steps["train_loss"])) == 4 * 3
+    assert steps["train_ipdpp/striped disc/mean_p"] == [0, 2000]  # none in the last epoch, which was epoch 1 at first
+
+
+def test_nothing_left_to_train_writes_the_final_file(quick_runs, tmp_path, capsys):
+    flags = ["--epochs", 2, "--batch_size", 40, "--save_freq", 1]
+    run(PRETRAIN, tmp_path / "a", *flags)
+    run(PRETRAIN, tmp_path / "b", *flags, "--resume", tmp_path / "a" / "checkpoint-1.pth")
+    final = tmp_path / "b" / "pretrain_bns_cifar10_if100.pth"
+    assert f"wrote {final}" in capsys.readouterr().out
+    assert (tmp_path / "b" / "log.txt").read_bytes() == (tmp_path / "a" / "log.txt").read_bytes()
+    weights, trained = (load_checkpoint(path)["model"] for path in (final, tmp_path / "a" / final.name))
+    assert all(torch.equal(value, trained[name]) for name, value in weights.items())
+
+
+def test_auto_without_a_checkpoint_says_so_and_no_more(quick_runs, tmp_path, capsys):
+    run(LINEPROB, tmp_path, "--epochs", 1, "--num_samples", 5, "--resume", "auto")
+    output = capsys.readouterr().out
+    assert f"--resume auto: no checkpoint in {tmp_path}, starting afresh" in output and "no --resume" not in output

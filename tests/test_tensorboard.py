@@ -1,9 +1,13 @@
+"""What TensorBoard shows of each stage: curves and where they lie, pictures, the projector, the table of flags."""
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import draw_few
+from conftest import run as run_script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
@@ -11,7 +15,8 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 import main_cifar10_finetune_ipdpp
 import main_cifar10_lineprob_bns
 import main_cifar10_pretrain_bns
-from util.figures import accuracy_bars, class_balanced, confusion_heatmap
+from util.figures import accuracy_bars, confusion_heatmap
+from util.reports import class_balanced
 from util.toy_data import ToyCIFAR
 
 EPOCHS = 3
@@ -19,10 +24,10 @@ CLASSES = ToyCIFAR(10).classes
 
 
 def run(script, folder, *flags):
-    shared = ["--toy_data", "--model", "test_resnet", "--input_size", "8", "--epochs", EPOCHS, "--batch_size", 128,
-              "--device", "cpu", "--output_dir", folder / "run"]
-    script.main(script.get_args_parser().parse_args([str(flag) for flag in (*shared, *flags)]))
-    return EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ToyCIFAR, "__init__", draw_few)
+        run_script(script, folder, "--input_size", 8, "--epochs", EPOCHS, "--batch_size", 32, *flags)
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +37,13 @@ def pretraining(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finetuning(tmp_path_factory):
-    return run(main_cifar10_finetune_ipdpp, tmp_path_factory.mktemp("finetune"), "--num_samples", 50, "--sampling_freq", 1)
+    folder = tmp_path_factory.mktemp("finetune")
+    return run(main_cifar10_finetune_ipdpp, folder, "--num_samples", 6, "--sampling_freq", 1)
 
 
 @pytest.fixture(scope="module")
 def probing(tmp_path_factory):
-    return run(main_cifar10_lineprob_bns, tmp_path_factory.mktemp("probe"), "--num_samples", 10, "--eval_freq", 2)
+    return run(main_cifar10_lineprob_bns, tmp_path_factory.mktemp("probe"), "--num_samples", 3, "--eval_freq", 2)
 
 
 def steps(events, tag):
@@ -58,8 +64,9 @@ TRAINING = {"train_loss", "lr", "train/gradient_norm", "train/images_per_second"
 TESTING = {"test/acc1", "test/acc5", "test/loss", "test_shots/many", "test_shots/medium", "test_shots/few",
            "test_adjusted/acc1", "test_adjusted/many", "test_adjusted/medium", "test_adjusted/few"}
 KNN = {"knn/acc1", "knn/many", "knn/medium", "knn/few"}
-DRAWING = {f"train_ipdpp/{name}/{figure}" for name in CLASSES[:5]
-           for figure in ("mean_p", "drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin", "changed", "max_inclusion", "min_inclusion")}
+OF_A_DRAW = ("mean_p", "drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin", "changed", "max_inclusion",
+             "min_inclusion")
+DRAWING = {f"train_ipdpp/{name}/{figure}" for name in CLASSES[:5] for figure in OF_A_DRAW}
 FIGURES = {"test/accuracy per class", "test/confusion"}
 
 
@@ -74,15 +81,32 @@ def test_tags_of_each_stage(pretraining, probing, finetuning):
 
 
 def test_steps_are_thousandths_of_an_epoch(pretraining, probing, finetuning):
-    # 1236 images without the incomplete batch, 337 drawn, 93 in the balanced subset
-    for events, batches in ((pretraining, 9), (finetuning, 3), (probing, 1)):
-        assert steps(events, "train_loss") == steps(events, "lr") == sorted(set(steps(events, "train_loss")))
-        assert [step // 1000 for step in steps(events, "lr")] == [epoch for epoch in range(EPOCHS) for _ in range(batches)]
+    # 127 images without the incomplete batch, 41 drawn, 25 in the balanced subset
+    for events, batches in ((pretraining, 3), (finetuning, 2), (probing, 1)):
+        middles = [1000 * epoch + round(1000 * (i + 0.5) / batches) for epoch in range(EPOCHS) for i in range(batches)]
+        assert steps(events, "train_loss") == steps(events, "lr") == middles
         assert steps(events, "train/images_per_second") == [999, 1999, 2999]
     assert steps(finetuning, "test/acc1") == steps(finetuning, "test_shots/few") == [999, 1999, 2999]
     assert steps(pretraining, "knn/acc1") == [2999]  # --eval_freq 25, and the last epoch
     assert steps(probing, "test/acc1") == [1999, 2999]  # --eval_freq 2, and the last epoch
     assert steps(finetuning, "train_ipdpp/striped disc/mean_p") == [0, 1000]  # none in the last epoch
+
+
+def test_curves_hold_the_figures_of_log_txt(pretraining, probing, finetuning):
+    for events in (pretraining, probing, finetuning):
+        records = [json.loads(line) for line in (Path(events.path) / "log.txt").read_text().splitlines()]
+        found = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+        for tag in (TESTING | KNN) & set(found):
+            name = tag.replace("test_shots", "test").replace("/", "_")
+            logged = {1000 * record["epoch"] + 999: record[name] for record in records if name in record}
+            assert found[tag] == pytest.approx(logged), tag
+        for record in records:
+            for figures in record.get("drawn", []):
+                for name, value in figures.items():
+                    if name != "class":
+                        tag = f"train_ipdpp/{CLASSES[figures['class']]}/{name}"
+                        assert found[tag][1000 * record["epoch"]] == pytest.approx(value), tag
+    assert [len(record.get("drawn", [])) for record in records] == [5, 5, 0]
 
 
 def test_each_evaluation_has_figures_that_differ(finetuning):
@@ -93,6 +117,7 @@ def test_each_evaluation_has_figures_that_differ(finetuning):
         assert (images[999] != images[2999]).any()
 
 
+@pytest.mark.slow
 def test_a_long_run_draws_at_most_ten_evaluations_and_the_last(tmp_path):
     events = run(main_cifar10_lineprob_bns, tmp_path, "--num_samples", 2, "--epochs", 11)
     assert steps(events, "test/acc1") == [1000 * epoch + 999 for epoch in range(11)]
@@ -105,20 +130,20 @@ def test_views_lie_in_pairs_that_differ(pretraining):
     assert all((first != second).any() for first, second in views)
 
 
-def test_projector_holds_balanced_features_labels_and_thumbnails(finetuning):
+def test_projector_holds_balanced_features_labels_and_thumbnails(finetuning, few_images):
     folder = Path(finetuning.path)
     config = (folder / "projector_config.pbtxt").read_text()
     features, metadata, sprite = (folder / f"0000{EPOCHS}" / "test_features" / name
                                   for name in ("tensors.tsv", "metadata.tsv", "sprite.png"))
     assert all(str(path.relative_to(folder)) in config for path in (features, metadata, sprite))
-    assert np.loadtxt(features).shape == (1000, 96) and np.loadtxt(features).std() > 0.5
+    assert np.loadtxt(features).shape == (100, 96) and np.loadtxt(features).std() > 0.5
     header, *rows = [line.split("\t") for line in metadata.read_text().splitlines()]
     assert header == ["class", "predicted class", "training images"]
-    test_set = ToyCIFAR(10, train=False)
+    train_set, test_set = ToyCIFAR(10), ToyCIFAR(10, train=False)
     assert [row[0] for row in rows] == [CLASSES[c] for c in test_set.targets]
-    assert {(row[0], row[2]) for row in rows} == set(zip(CLASSES, map(str, ToyCIFAR(10).class_counts)))
-    thumbnails = np.asarray(Image.open(sprite)).reshape(32, 32, 32, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
-    np.testing.assert_allclose(thumbnails[:1000].astype(int), test_set.data, atol=1)
+    assert {(row[0], row[2]) for row in rows} == set(zip(CLASSES, map(str, train_set.class_counts), strict=True))
+    thumbnails = np.asarray(Image.open(sprite)).reshape(10, 32, 10, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
+    np.testing.assert_allclose(thumbnails.astype(int), test_set.data, atol=1)
 
 
 def test_every_run_is_a_row_of_the_hyperparameter_table(pretraining, finetuning):
@@ -160,7 +185,7 @@ def test_heatmap_has_rows_and_columns_in_order_of_training_images():
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_figures_of_both_data_sets_are_not_blank(classes):
+def test_figures_of_both_data_sets_are_not_blank(classes, few_images):
     data = ToyCIFAR(classes)
     confusion = np.eye(classes, dtype=int)
     for image in (accuracy_bars(confusion, data.class_counts, data.shot_thresholds, data.classes),

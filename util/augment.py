@@ -135,7 +135,7 @@ class SimCLRAugment:
         """Views, float32 (N, 3, size, size) in [0, 1] on the device of images, uint8 (N, 3, H, W)."""
         if images.is_cuda:
             return self._apply(images, parameters)
-        chunks = zip(images.split(CPU_CHUNK), *(p.split(CPU_CHUNK) for p in parameters))
+        chunks = zip(images.split(CPU_CHUNK), *(p.split(CPU_CHUNK) for p in parameters), strict=True)
         return torch.cat([self._apply(chunk, AugmentParameters(*p)) for chunk, *p in chunks])
 
     def _apply(self, images: Tensor, p: AugmentParameters) -> Tensor:

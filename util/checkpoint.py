@@ -108,27 +108,39 @@ def load_weights(module, weights, source):
     module.load_state_dict(weights)
 
 
+def load_encoder(encoder, checkpoint, source):
+    """Copy the weights of a checkpoint's encoder, of any stage, into `encoder`. Raises UserError as `load_weights`."""
+    weights = {name[4:]: value for name, value in checkpoint["model"].items() if name.startswith("enc.")}
+    if not weights:
+        raise UserError(f"{source} holds no encoder, expected weights whose names begin with 'enc.'")
+    load_weights(encoder, weights, source)
+
+
+def restore_optimizer(optimizer, checkpoint, source):
+    """Load the moments of a checkpoint; learning rate and weight decay stay what the flags say.
+
+    Moments of other parameters are left out, and that is said.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = (checkpoint.get("optimizer") or {}).get("state", {})
+    found = {index: moments["exp_avg"].shape for index, moments in state.items() if "exp_avg" in moments}
+    if found != {index: parameter.shape for index, parameter in enumerate(parameters)}:
+        print(f"{source}: its optimiser state is of other parameters; the optimiser starts afresh", flush=True)
+        return
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
 def numbered_checkpoints(folder):
     """Paths `checkpoint-<epoch>.pth` in `folder`, in the order in which they were written."""
     return sorted(Path(folder).glob("checkpoint-[0-9]*.pth"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def load_newest(folder, stage):
-    """The newest loadable checkpoint of `stage` in `folder` as (path, checkpoint), or (None, None).
-
-    Raises:
-        UserError: the folder is that of a run of another stage.
-    """
-    paths = [path for path in Path(folder).glob("*.pth") if path.is_file()]
+def load_newest(paths):
+    """The newest loadable checkpoint among `paths` as (path, checkpoint), or (None, None); damaged ones are named."""
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            checkpoint = load_checkpoint(path)
+            return path, load_checkpoint(path)
         except UserError as error:
             print(f"passed over: {error}", flush=True)
-            continue
-        if stage_of(checkpoint) == stage:
-            return path, checkpoint
-        if path.name.startswith("checkpoint-"):
-            raise UserError(f"--output_dir: {folder} holds a run of stage {stage_of(checkpoint)} ({path.name}), "
-                            f"expected one of stage {stage}, or an empty folder")
     return None, None

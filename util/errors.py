@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its message is one line: the flag or file, what was found, what was expected."""
+    """A mistake that the user can mend. Its message is one line: flag or file, what was found, what was expected."""

@@ -1,6 +1,5 @@
-"""Figures of an evaluation, for TensorBoard, drawn by matplotlib without its global state."""
+"""Figures of an evaluation, for TensorBoard, made by matplotlib without its global state."""
 import numpy as np
-import torch
 
 from util.metrics import shot_groups
 
@@ -9,7 +8,7 @@ MAX_NAMES = 20  # classes up to which each is named and each cell of the confusi
 
 
 def new_figure(width, height):
-    """An empty matplotlib Figure (inches) and its only axes; imported here, as most runs of this package draw nothing."""
+    """An empty matplotlib Figure (inches) and its only axes; imported here, as pretraining makes none."""
     from matplotlib.figure import Figure
     figure = Figure((width, height), dpi=100, layout="constrained")
     return figure, figure.add_subplot()
@@ -24,7 +23,7 @@ def to_image(figure):
 
 
 def accuracy_bars(confusion, class_counts, shot_thresholds, classes):
-    """Test accuracy per class, classes in order of their training images, whose number is drawn as a line.
+    """Test accuracy per class, classes in order of their training images, whose number is a line.
 
     Args:
         confusion: integers (C, C), test images by true (row) and predicted class.
@@ -38,7 +37,8 @@ def accuracy_bars(confusion, class_counts, shot_thresholds, classes):
     order = np.argsort(-class_counts, kind="stable")
     accuracy = (confusion.diagonal() / confusion.sum(axis=1).clip(1))[order]
     figure, axes = new_figure(6.4, 3.8)
-    for (name, colour), group in zip(SHOT_COLOURS.items(), shot_groups(class_counts[order], shot_thresholds)):
+    groups = shot_groups(class_counts[order], shot_thresholds)
+    for (name, colour), group in zip(SHOT_COLOURS.items(), groups, strict=True):
         if group.any():
             axes.bar(np.flatnonzero(group), accuracy[group], color=colour, width=0.85,
                      label=f"{name}-shot {accuracy[group].mean():.2f}")
@@ -53,7 +53,7 @@ def accuracy_bars(confusion, class_counts, shot_thresholds, classes):
 
 
 def confusion_heatmap(confusion, class_counts, classes):
-    """Percentage of each true class's test images that is predicted as each class, classes in order of their training images.
+    """Percentage of each true class's test images predicted as each class, in order of the classes' training images.
 
     Args and return value as of `accuracy_bars`.
     """
@@ -80,10 +80,3 @@ def name_classes(axis, names, **style):
         axis.set_ticks(range(len(names)), names, fontsize=8, **style)
     else:
         axis.set_ticks(range(0, len(names), 10))
-
-
-def class_balanced(targets, total):
-    """About `total` images with as many of each class: ascending int64 indices into `targets` (N,)."""
-    targets = torch.as_tensor(targets)
-    per_class = max(1, total // len(targets.unique()))
-    return torch.cat([torch.nonzero(targets == c)[:per_class, 0] for c in targets.unique()]).sort().values

@@ -3,6 +3,8 @@
 import http.client
 import os
 import socket
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -60,6 +62,11 @@ class LongTailedMixin:
         self.targets = [self.targets[i] for i in kept]
         self.class_counts = np.bincount(self.targets, minlength=self.num_classes)
 
+    @classmethod
+    def fetch(cls, root):
+        """Download the data set to `root` unless it is there. Raises UserError as the class does."""
+        cls(root, imbalanced_factor=1.0, train=False, download=True)
+
     def _check_integrity(self):
         """Whether all files are there, as torchvision asks it, but a file that is there and wrong is named."""
         files = [*self.train_list, *self.test_list, (self.meta["filename"], self.meta["md5"])]
@@ -70,12 +77,16 @@ class LongTailedMixin:
             return
         if not self._is_there(self.filename, self.tgz_md5):
             partial = self.filename + ".part"  # a download cut short must not pass for the archive in the next run
-            timeout = socket.getdefaulttimeout()
+            timeout, root = socket.getdefaulttimeout(), Path(self.root)
+            missing = [folder for folder in (root, *root.parents) if not folder.exists()]
             socket.setdefaulttimeout(30)  # seconds without an answer; urllib would wait for minutes or for ever
             try:
                 download_url(self.url, self.root, partial, self.tgz_md5)
             finally:
                 socket.setdefaulttimeout(timeout)
+                for folder in missing:  # the innermost first; one with a file in it stays
+                    with suppress(OSError):
+                        folder.rmdir()
             os.replace(os.path.join(self.root, partial), os.path.join(self.root, self.filename))
         super().download()
 

@@ -24,10 +24,9 @@ exact draw of the k-DPP: Hajek's rejective Poisson sampling (1964) with a mark. 
 sum q = k, a try succeeds with a probability of about 1 / sqrt(2 pi var), var = sum q (1 - q) < k, so that a draw takes
 O(N sqrt(k)) expected time. Memory is O(N).
 
-**Sums over all Y.** With the same q let r_i(z) = q_i z / (1 - q_i + q_i z), phi(z) = prod of (1 - q_i + q_i z),
+**Inclusion.** With the same q let r_i(z) = q_i z / (1 - q_i + q_i z), phi(z) = prod of (1 - q_i + q_i z),
 R(z) = sum of w_i r_i(z), and [z^k] the coefficient of z^k. Then
 
-    sum over |Y| = k of det(S_Y) = s^(k-1) c^(-k) t^(-k) prod (1 + t d_i)  [z^k] phi (s + R),
     P(i in Y) = [z^k] phi r_i (s + R + w_i (1 - r_i))  /  [z^k] phi (s + R).
 
 The coefficients are those of laws of sums of independent indicators, so nothing overflows, and t has put their mean at
@@ -35,6 +34,8 @@ k: the unit circle runs through the saddle point, and the trapezoidal rule needs
 """
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 KERNELS = ("paper", "published")
 SAMPLERS = ("exact", "mcmc", "uniform")
@@ -111,21 +112,18 @@ def sample_k_dpp(log_p, k, rng, kernel="paper"):
     raise RuntimeError("no draw of the requested size: rng does not deliver uniform numbers")
 
 
-def _sum_over_subsets(log_p, k, kernel):
-    """(log of the sum over |Y| = k of det(S_Y), P(i in Y) as (N,)), by the last two formulas of the module's docstring.
+def inclusion_probabilities(log_p, k, kernel="paper"):
+    """Exact P(i in Y) of the k-DPP: (N,) float64 in [0, 1], summing to k. Arguments and errors: `sample_k_dpp`.
 
-    An even number of points could hit the pole of r_i at q_i = 1/2. Their number puts the aliases k +- points, and the
-    last angle the part of the circle left out, below 1e-19 (Bernstein's inequality; |phi| <= exp(-var (1 - cos))).
+    By the last formula of the module's docstring. An even number of points could hit the pole of r_i at q_i = 1/2.
+    Their number puts the aliases k +- points, and the last angle the part of the circle left out, below 1e-19
+    (Bernstein's inequality; |phi| <= exp(-var (1 - cos))).
     """
     log_p = _check(log_p, k, kernel)
     n = len(log_p)
-    if k == 0:
-        return 0.0, np.zeros(n)
-    d, w, s, c = _diagonal_plus_rank_one(log_p, kernel)
-    with np.errstate(divide="ignore"):
-        log_scale = ((k - 1) * np.log(s) if k > 1 else 0.0) - k * np.log(c)
-    if k == n:
-        return log_scale + np.sum(np.log(d)) + np.log(s + w.sum()), np.ones(n)
+    if k in (0, n):
+        return np.full(n, k / n)
+    d, w, s, _ = _diagonal_plus_rank_one(log_p, kernel)
     t = _tilt(d, k)
     q, not_q = t * d / (1 + t * d), 1 / (1 + t * d)
     var = np.sum(q * not_q)
@@ -137,24 +135,10 @@ def _sum_over_subsets(log_p, k, kernel):
         r = q * np.exp(1j * angle) / factors
         marked = s + np.sum(w * r)
         # Angles other than 0 stand for their conjugates too.
-        phi_over_zk = (1 if angle == 0 else 2) / points * np.prod(factors) * np.exp(-1j * k * angle)
+        phi_over_zk = (1 if angle == 0 else 2) * np.prod(factors) * np.exp(-1j * k * angle)
         total += (phi_over_zk * marked).real
         with_item += (phi_over_zk * r * (marked + w * not_q / factors)).real
-    log_coefficient = np.sum(np.log1p(t * d)) - k * np.log(t) + np.log(total)
-    return log_scale + log_coefficient, np.clip(with_item / total, 0, 1)
-
-
-def inclusion_probabilities(log_p, k, kernel="paper"):
-    """Exact P(i in Y) of the k-DPP: (N,) float64 in [0, 1], summing to k. Arguments and errors: `sample_k_dpp`."""
-    return _sum_over_subsets(log_p, k, kernel)[1]
-
-
-def log_normalizer(log_p, k, kernel="paper"):
-    """log of the sum over |Y| = k of det(S_Y), a float; -inf where all p are 1 and k > 1 in the paper's kernel.
-
-    Arguments and errors: `sample_k_dpp`.
-    """
-    return float(_sum_over_subsets(log_p, k, kernel)[0])
+    return np.clip(with_item / total, 0, 1)
 
 
 def likelihood_kernel(log_p, kernel="paper"):
@@ -180,13 +164,18 @@ def _exchange_chain(log_p, k, rng, kernel, steps):
             size=k, s_init=start, nb_iter=steps + 1, random_state=np.random.RandomState(rng.integers(2**32)))
 
 
+def mixing_steps(k):
+    """Steps after which the exchange chain of a k-DPP has about mixed, 2 k log k: half of its moves propose nothing."""
+    return round(2 * k * np.log(max(k, 2)))
+
+
 def draw(log_p, k, rng, sampler="exact", kernel="paper", mcmc_steps=1000):
     """Indices of the k images of a class that are trained on, by one of three samplers.
 
     Args:
         sampler: "exact" (`sample_k_dpp`), "mcmc" (the last state of DPPy's exchange chain, which starts from a uniform
             draw; it builds the N x N kernel) or "uniform" (plain random undersampling; log_p gives N).
-        mcmc_steps: steps of the chain, at least 1; half of them propose nothing, so mixing takes about 2 k log k.
+        mcmc_steps: steps of the chain, at least 1; see `mixing_steps`.
         The others as in `sample_k_dpp`.
 
     Returns:
@@ -214,3 +203,34 @@ def class_stream(seed, redraw, class_index):
     All three are integers >= 0, or numpy raises ValueError. Streams of different triples are independent.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(redraw, class_index)))
+
+
+def true_label_log_probabilities(logits, labels):
+    """log p of the true label, float64 (N,) in NumPy, of logits, float tensor (N, C), and labels, int64 (N,)."""
+    log_probabilities = F.log_softmax(logits.double(), dim=1)
+    return log_probabilities.gather(1, labels[:, None])[:, 0].cpu().numpy()
+
+
+def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="paper", mcmc_steps=1000):
+    """Cut every class of more than `num_samples` images to that number, the others stay whole (paper, section 5).
+
+    Args:
+        log_p: (N,) log probabilities of the true labels; of the uniform sampler, any (N,).
+        targets: N integer labels.
+        seed: (seed, redraw), two integers >= 0 that with the class determine the draw.
+        sampler, kernel, mcmc_steps: as in `draw`.
+
+    Returns:
+        int64 tensor of indices, class by class, ascending within a class.
+
+    Raises:
+        As `draw`.
+    """
+    targets, chosen = np.asarray(targets), []
+    for c in np.unique(targets):
+        members = np.flatnonzero(targets == c)
+        if len(members) > num_samples:
+            rng = class_stream(*seed, int(c))
+            members = members[draw(log_p[members], num_samples, rng, sampler, kernel, mcmc_steps)]
+        chosen.append(members)
+    return torch.from_numpy(np.concatenate(chosen))

@@ -1,4 +1,4 @@
-"""Test accuracy: overall, per class, and over many-, medium- and few-shot classes, of logits, adjusted logits and kNN."""
+"""Test accuracy, overall, per class and by shots; logit adjustment; the kNN classifier that judges features."""
 
 import numpy as np
 import torch
@@ -82,6 +82,23 @@ def adjust_logits(logits, class_counts, tau=1.0):
     return (logits - tau * log_shares).masked_fill(log_shares == -torch.inf, -torch.inf)
 
 
+class LogitAdjustedLoss(nn.Module):
+    """Cross-entropy of logits plus the log of each class's share (Menon et al., equation 10), a scalar.
+
+    Args:
+        class_counts: (C,) images trained on per class.
+
+    Called with logits, float (N, C), and labels, int64 (N,). The logits need no adjustment at prediction then.
+    """
+
+    def __init__(self, class_counts):
+        super().__init__()
+        self.register_buffer("log_shares", log_class_shares(class_counts).float())
+
+    def forward(self, logits, labels):
+        return F.cross_entropy(logits + self.log_shares, labels)
+
+
 class KNNClassifier(nn.Module):
     """Weighted k-nearest-neighbour classifier (Wu et al., arXiv 1805.01978, section 3.4) for long-tailed neighbours.
 
@@ -102,7 +119,8 @@ class KNNClassifier(nn.Module):
         self.k, self.temperature = min(k, len(features)), temperature
         self.register_buffer("features", F.normalize(features.float(), dim=1))
         self.register_buffer("labels", labels)
-        self.register_buffer("class_counts", torch.bincount(labels, minlength=num_classes))
+        counts = labels.new_zeros(num_classes).scatter_add(0, labels, torch.ones_like(labels))
+        self.register_buffer("class_counts", counts)
 
     def forward(self, queries):
         """Votes for each class, float32 (Q, C), of features (Q, D). Computed in float32 under autocast too."""

@@ -1,23 +1,124 @@
-"""The command line: every flag with its help, in groups; each entry script sets its own defaults."""
+"""The command line: every flag with its help. Each entry script chooses groups of them and holds their defaults."""
 import argparse
 import math
 import os
 import sys
 
 from util.errors import UserError
-from util.signals import Interrupted
+from util.processes import first_to_tell, lost_a_process
+
+
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
+    """An argparse type: a finite `kind` (int or float) within [low, high] and greater than `above`."""
+    bounds = []
+    if low > -math.inf:
+        bounds.append(f"of at least {low}")
+    if above > -math.inf:
+        bounds.append(f"above {above}")
+    if high < math.inf:
+        bounds.append(f"of at most {high}")
+    expected = " ".join(["a whole number" if kind is int else "a number", " and ".join(bounds)]).strip()
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and value > above and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"found '{text}', expected {expected}")
+        return value
+    return parse
+
+
+AT_LEAST_0, AT_LEAST_1, AT_LEAST_2 = (number(int, low=low) for low in range(3))
+NOT_NEGATIVE, POSITIVE = number(float, low=0), number(float, above=0)
+PATH = os.path.expanduser  # a quoted ~ reaches Python as it is
+ON = {"action": "store_true"}
+
+GROUPS = {
+    "data": {
+        "--data_root -dr": dict(type=PATH, help="folder that holds CIFAR, or that it is downloaded to"),
+        "--toy_data": dict(ON, help="render toy images in memory instead of reading CIFAR"),
+        "--imbalanced_factor": dict(type=number(float, low=1),
+                                    help="training images of the largest class per image of the smallest"),
+        "--num_classes": dict(type=AT_LEAST_1, help="classes of the data set"),
+        "--input_size": dict(type=AT_LEAST_2, help="side of the images fed to the model, pixels"),
+        "--jitter_strength --num_views": dict(type=number(float, low=0, high=2.5), help="strength s of the colour "
+                                              "jitter (the published code calls it --num_views)"),
+    },
+    "model": {"--model": dict(help="timm model whose features are learned, or cifar_resnet20, 32 or 56")},
+    "balanced negative sampling": {
+        "--embed_dim": dict(type=AT_LEAST_1, help="dimensions of the projections"),
+        "--temperature": dict(type=POSITIVE, help="divides the cosine similarities"),
+        "--bns_form": dict(choices=["published", "eq12"],
+                           help="the loss of the published code, or equation 12 of the paper"),
+        "--num_extra_positives": dict(type=AT_LEAST_0, help="m of equation 12"),
+    },
+    "classifier": {
+        "--num_samples": dict(type=AT_LEAST_1, help="training images drawn per class, at most"),
+        "--logit_adjustment": dict(type=NOT_NEGATIVE, metavar="TAU", help="evaluate also with logits minus TAU times "
+                                   "the log of each class's share of the images trained on; 0: do not"),
+    },
+    "information-preservable DPP": {
+        "--sampling_freq": dict(type=AT_LEAST_1,
+                                help="draw anew before each 0-based epoch e with (e + 1) %% this == 0"),
+        "--ipdpp_sampler": dict(choices=["exact", "mcmc", "uniform", "none"], help="exact k-DPP; DPPy's exchange "
+                                "chain; plain random undersampling; no undersampling at all"),
+        "--ipdpp_kernel": dict(choices=["paper", "published"], help="similarities divided by N (equation 16) or, as in "
+                               "the published code, by N^2"),
+        "--mcmc_steps": dict(type=AT_LEAST_1, help="moves of the chain of --ipdpp_sampler mcmc. It mixes in about "
+                             "2 k log k for k images, 6200 for 500; fewer give draws between uniform and exact ones"),
+        "--loss": dict(choices=["cross_entropy", "logit_adjusted"], help="logit_adjusted: cross-entropy of logits plus "
+                       "the log of each class's share of the images trained on; predictions are not adjusted then"),
+    },
+    "optimisation": {
+        "--epochs": dict(type=AT_LEAST_1, help="passes over the training images"),
+        "--batch_size": dict(type=AT_LEAST_2, help="images per process and step; batch norm needs two"),
+        "--accum_iter": dict(type=AT_LEAST_1, help="steps whose gradients make one update"),
+        "--weight_decay": dict(type=NOT_NEGATIVE, help="AdamW's, on weights only: not on biases and norms"),
+        "--lr": dict(type=POSITIVE, help="learning rate; unset, --blr * effective batch / 256"),
+        "--blr": dict(type=POSITIVE, help="learning rate per 256 images of a batch"),
+        "--min_lr": dict(type=NOT_NEGATIVE, help="learning rate at the end"),
+        "--warmup_epochs": dict(type=AT_LEAST_0, help="epochs of linear warm-up; in a run that is not longer, a fifth"),
+        "--amp": dict(choices=["auto", "bfloat16", "float16", "none"], help="precision of the encoder; auto: bfloat16 "
+                      "where the hardware has it; none: float32 throughout"),
+        "--seed": dict(type=number(int, low=0, high=2**63 - 1), help="of everything that is random"),
+    },
+    "run": {
+        "--resume": dict(nargs="+", type=PATH, metavar="FILE", help="checkpoint of this stage to continue from, or of "
+                         "another, whose encoder to start from; auto: the newest of --output_dir, if there is one "
+                         "(auto FILE: else FILE)"),
+        "--start_epoch": dict(type=AT_LEAST_0, help="first epoch; unset, the one after the checkpoint's"),
+        "--eval": dict(type=PATH, metavar="FILE", help="evaluate this checkpoint and stop; its data, model and draws "
+                       "are those that it was trained with, unless a flag says otherwise"),
+        "--eval_freq": dict(type=AT_LEAST_1, help="epochs between evaluations on the test set"),
+        "--output_dir": dict(type=PATH, help="folder for checkpoints and log.txt"),
+        "--log_dir": dict(type=PATH, help="folder for TensorBoard; unset, --output_dir"),
+        "--overwrite": dict(ON, help="delete another run's files in --output_dir first"),
+        "--save_freq -sf": dict(type=AT_LEAST_1, help="epochs between numbered checkpoints"),
+        "--keep_checkpoints": dict(type=AT_LEAST_0, help="numbered checkpoints to keep; 0: all"),
+        "--device": dict(help="auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:N"),
+        "--compile": dict(ON, help="compile the model with torch.compile"),
+        "--deterministic": dict(ON, help="on CUDA, repeat a run bit for bit, at some cost of speed"),
+    },
+}
+RUN_FLAGS = {name for names in GROUPS["run"] for name in names.replace("--", "").split()}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that ends in one line instead of the whole usage, and knows no abbreviated flags."""
+    """The flags of `groups` (titles in GROUPS), by an argparse that knows no abbreviations and ends in one line."""
 
-    def __init__(self, description):
+    def __init__(self, description, groups):
         super().__init__(description=description, allow_abbrev=False, formatter_class=Formatter)
+        for title in groups:
+            group = self.add_argument_group(title)
+            for names, settings in GROUPS[title].items():
+                group.add_argument(*names.split(), **settings)
 
     def parse_args(self, args=None, namespace=None):
-        """Parse; `given` of the result names the flags that the user gave, whatever their values."""
+        """Parse; `given` of the result holds the names of the flags that the user gave."""
         parsed = super().parse_args(args, namespace)
-        parsed.given = set(vars(super().parse_args(args, WithoutDefaults())))
+        parsed.given = sorted(vars(super().parse_args(args, WithoutDefaults())))
         return parsed
 
     def error(self, message):
@@ -36,120 +137,12 @@ class WithoutDefaults(argparse.Namespace):
             raise AttributeError(name)
 
 
-class Unset(int):
-    """A default that the user did not choose, hence one that may give way to what the user did choose."""
+class Interrupted(Exception):  # noqa: N818  a request that was met, no error
+    """The run was asked to stop by signal `signum` and has saved what it had; the message says how to go on."""
 
-
-def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: a finite `kind` (int or float) within [low, high] and greater than `above`."""
-    bounds = [f"of at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf)
-    bounds += [f"of at most {high}"] * (high < math.inf)
-    expected = " ".join([{int: "a whole number", float: "a number"}[kind], " and ".join(bounds)]).strip()
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and value > above and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"found '{text}', expected {expected}")
-        return value
-    return parse
-
-
-AT_LEAST_0, AT_LEAST_1 = number(int, low=0), number(int, low=1)
-POSITIVE = number(float, above=0)
-
-
-def common_parser(description):
-    """The flags of all six scripts."""
-    parser = Parser(description)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_root", "-dr", help="folder that holds CIFAR, or that it is downloaded to")
-    data.add_argument("--toy_data", action="store_true", help="draw toy images in memory instead of reading CIFAR")
-    data.add_argument("--imbalanced_factor", type=number(float, low=1), default=100,
-                      help="training images of the largest class per image of the smallest")
-    data.add_argument("--num_classes", type=AT_LEAST_1, help="classes of the data set")
-    data.add_argument("--input_size", type=AT_LEAST_1, default=32, help="side of the images fed to the model, pixels")
-    data.add_argument("--jitter_strength", "--num_views", type=number(float, low=0, high=2.5),
-                      help="strength s of the colour jitter (the published code calls it --num_views)")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="timm model whose features are learned")
-
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=AT_LEAST_1, help="passes over the training images")
-    optimisation.add_argument("--batch_size", type=AT_LEAST_1, help="images per process and step")
-    optimisation.add_argument("--accum_iter", type=AT_LEAST_1, default=1, help="steps whose gradients make one update")
-    optimisation.add_argument("--weight_decay", type=number(float, low=0), default=0.05,
-                              help="AdamW's, on weights only: not on biases and norms")
-    optimisation.add_argument("--lr", type=POSITIVE, help="learning rate; unset, --blr * effective batch / 256")
-    optimisation.add_argument("--blr", type=POSITIVE, default=1e-3, help="learning rate per 256 images of a batch")
-    optimisation.add_argument("--min_lr", type=number(float, low=0), default=0.0, help="learning rate at the end")
-    optimisation.add_argument("--warmup_epochs", type=AT_LEAST_0,
-                              help="epochs of linear warm-up; the default shrinks to fit a short run")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", help="folder for checkpoints and log.txt")
-    run.add_argument("--log_dir", help="folder for TensorBoard; unset, --output_dir")
-    run.add_argument("--overwrite", action="store_true", help="delete another run's files in --output_dir first")
-    run.add_argument("--save_freq", "-sf", type=AT_LEAST_1, help="epochs between numbered checkpoints")
-    run.add_argument("--keep_checkpoints", type=AT_LEAST_0, default=3, help="numbered checkpoints to keep; 0: all")
-    run.add_argument("--start_epoch", type=AT_LEAST_0, help="first epoch; unset, the one after the checkpoint's")
-    run.add_argument("--eval", metavar="FILE", help="evaluate this checkpoint and stop; what it was trained on and with "
-                     "(data, factor, model, ...) is taken from it, unless a flag says otherwise")
-    run.add_argument("--eval_freq", type=AT_LEAST_1, help="epochs between evaluations on the test set")
-    run.add_argument("--device", default="auto", help="auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:N")
-    run.add_argument("--amp", choices=["auto", "bfloat16", "float16", "none"], default="auto",
-                     help="precision of the encoder; auto: bfloat16 where the hardware has it, else float32")
-    run.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
-    run.add_argument("--seed", type=AT_LEAST_0, help="of everything that is random")
-    return parser
-
-
-def pretrain_parser(description):
-    """The flags of stage 1."""
-    parser = common_parser(description)
-    bns = parser.add_argument_group("balanced negative sampling")
-    bns.add_argument("--embed_dim", type=AT_LEAST_1, default=128, help="dimensions of the projections")
-    bns.add_argument("--temperature", type=POSITIVE, default=0.5, help="divides the cosine similarities")
-    bns.add_argument("--bns_form", choices=["published", "eq12"], default="published",
-                     help="the loss of the published code, or equation 12 of the paper")
-    bns.add_argument("--num_extra_positives", type=AT_LEAST_0, default=4, help="m of equation 12")
-    parser.add_argument("--resume", nargs="+", metavar="FILE",
-                        help="checkpoint to continue from; auto: the newest of --output_dir, if there is one")
-    parser.set_defaults(eval_freq=25)
-    return parser
-
-
-def classifier_parser(description):
-    """The flags that both later stages have."""
-    parser = common_parser(description)
-    parser.add_argument("--resume", nargs="+", metavar="FILE",
-                        help="pretrained extractor to start from, or checkpoint of this stage to continue from; auto: "
-                        "the newest of --output_dir, if there is one (auto FILE: else FILE)")
-    parser.add_argument("--logit_adjustment", type=number(float, low=0), default=1.0, metavar="TAU",
-                        help="evaluate also with logits minus TAU times the log of each class's share of the images "
-                        "trained on (Menon et al., 2021); 0: do not")
-    parser.set_defaults(eval_freq=1)
-    parser.add_argument("--num_samples", type=AT_LEAST_1, help="training images drawn per class, at most")
-    return parser
-
-
-def finetune_parser(description):
-    """The flags of stage 2."""
-    parser = classifier_parser(description)
-    parser.add_argument("--loss", choices=["cross_entropy", "logit_adjusted"], default="cross_entropy",
-                        help="logit_adjusted: cross-entropy of logits plus the log of each class's share of the images "
-                        "trained on; predictions are then not adjusted again")
-    ip_dpp = parser.add_argument_group("information-preservable DPP")
-    ip_dpp.add_argument("--sampling_freq", type=AT_LEAST_1, help="draw anew before each 0-based epoch e with (e + 1) %% this == 0")
-    ip_dpp.add_argument("--ipdpp_sampler", choices=["exact", "mcmc", "uniform", "none"], default="exact",
-                        help="exact k-DPP; DPPy's exchange chain; plain random undersampling; no undersampling at all")
-    ip_dpp.add_argument("--ipdpp_kernel", choices=["paper", "published"], default="paper",
-                        help="similarities divided by N (equation 16) or, as in the published code, by N^2")
-    ip_dpp.add_argument("--mcmc_steps", type=AT_LEAST_1, default=1000, help="moves of the chain of --ipdpp_sampler mcmc")
-    return parser
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.signum = signum
 
 
 def launch(main, parser):
@@ -157,12 +150,22 @@ def launch(main, parser):
     args = parser.parse_args()
     try:
         main(args)
+        sys.stdout.flush()
     except UserError as error:
         process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-        parser.exit(2, f"{parser.prog}: error: {error}{process}\n")
+        parser.exit(2, f"{parser.prog}: error: {error}{process}\n" if first_to_tell() else None)
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(stop, flush=True)
         sys.exit(128 + stop.signum)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted before or after the training\n")
+    except Exception as error:
+        first = first_to_tell()
+        if not lost_a_process(error):
+            raise
+        message = f"another process of this run has ended or cannot be reached: {str(error).splitlines()[0]}"
+        parser.exit(1, f"{parser.prog}: error: {message}\n" if first else None)

@@ -5,7 +5,7 @@ import platform
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 
 from util.errors import UserError
 
@@ -26,7 +26,9 @@ class Processes:
             kind = "cuda" if torch.cuda.is_available() else "cpu"
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
             raise UserError(f"--device: found '{device}', expected auto, cpu, cuda or cuda:N")
-        if kind == "cuda" and int(index or os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        if kind == "cuda" and torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
+            os.environ.setdefault("LOCAL_RANK", "0")  # SLURM shows each task its own GPU only
+        if kind == "cuda" and int(index or world_info_from_env()[0]) >= torch.cuda.device_count():
             raise UserError(f"--device: found '{device}', but PyTorch sees {torch.cuda.device_count()} CUDA devices")
         started = init_distributed_device_so(f"{kind}:{index}" if index else kind)
         self.device = torch.device(started["device"])
@@ -58,14 +60,14 @@ class Processes:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._hosts)
         return bool(flags)
 
-    def from_first(self, make):
-        """Call `make()` in the first process only and give its result to all. An exception there reaches all too."""
+    def from_first(self, function, *args):
+        """Call `function(*args)` in the first process only and give its result to all. A UserError there ends all."""
         if self.world_size == 1:
-            return make()
+            return function(*args)
         result = [None]
         if self.first:
             try:
-                result = [(make(), None)]
+                result = [(function(*args), None)]
             except UserError as error:
                 result = [(None, error)]
         dist.broadcast_object_list(result, group=self._hosts)
@@ -77,6 +79,25 @@ class Processes:
     def end(self):
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+def first_to_tell():
+    """Whether no other process of this run has told of an error yet: what ends one ends all, and is told once."""
+    if not dist.is_initialized():
+        return True
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # PyTorch would trace its stack where the first process, which keeps the store, has ended
+    try:
+        return dist.distributed_c10d._get_default_store().add("errors told", 1) == 1
+    except RuntimeError:  # so it has, and has said why
+        return False
+    finally:
+        os.dup2(stderr, 2)
+
+
+def lost_a_process(error):
+    """Whether an exception means that another process has ended or cannot be reached."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "remote process exited"))
 
 
 def keep_freed_memory():

@@ -1,6 +1,6 @@
-"""A stand-in for long-tailed CIFAR that NumPy draws in memory, with no file behind it: textured shapes on a background.
+"""A stand-in for long-tailed CIFAR that NumPy renders in memory, without a file: textured shapes on a background.
 
-Only outline and texture tell the classes apart. Position, scale, tilt, colours, background and noise are drawn afresh
+Only outline and texture tell the classes apart. Position, scale, tilt, colours, background and noise are chosen afresh
 for every image, and no class depends on colour or on left and right, so the augmentation of stage 1 keeps the classes.
 """
 
@@ -36,8 +36,8 @@ TEXTURES = {
 }
 
 
-def draw_images(outline, texture, count, rng):
-    """Draws `count` objects of one kind: uint8 (count, 32, 32, 3). outline, texture: a value of the tables above."""
+def render_images(outline, texture, count, rng):
+    """Renders `count` objects of one kind: uint8 (count, 32, 32, 3). outline, texture: a value of the tables above."""
     def uniform(low, high, channels=1):
         return rng.uniform(low, high, (count, 1, 1, channels)).astype(np.float32)
 
@@ -77,8 +77,8 @@ class ToyCIFAR:
         kinds = [(outlines[c % 10], textures[(c + c // 10) % 10]) for c in range(num_classes)]
         self.classes = [f"{texture} {outline}" for outline, texture in kinds]
         rng = np.random.default_rng([num_classes, train])
-        self.data = np.concatenate([draw_images(OUTLINES[outline], TEXTURES[texture], count, rng)
-                                    for (outline, texture), count in zip(kinds, self.class_counts)])
+        self.data = np.concatenate([render_images(OUTLINES[outline], TEXTURES[texture], count, rng)
+                                    for (outline, texture), count in zip(kinds, self.class_counts, strict=True)])
 
     def __len__(self):
         return len(self.data)

@@ -1,0 +1,83 @@
+"""A run in a terminal: progress in one line of any width, and what becomes of it when the terminal is closed."""
+import fcntl
+import functools
+import os
+import re
+import signal
+import struct
+import termios
+import time
+
+import pytest
+from run_process import Run, at_step, finish, signal_self
+
+from util.checkpoint import load_checkpoint
+
+
+class Terminal:
+    """A terminal of so many columns; `name` is what a process opens to be in it."""
+
+    def __init__(self, columns=80):
+        self.ours, self.theirs = os.openpty()
+        self.name, self.text = os.ttyname(self.theirs), ""
+        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        os.set_blocking(self.ours, False)
+
+    def shows(self, text):
+        try:
+            self.text += os.read(self.ours, 2**16).decode()
+        except BlockingIOError:  # nothing new
+            pass
+        return text in self.text
+
+    def close(self):
+        os.close(self.theirs)
+        os.close(self.ours)
+
+
+def move_into(name, pause=0.0):
+    """Make the terminal this process's own, which then takes at least `pause` seconds a step."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)  # the first that a session opens becomes its own
+    for number in (0, 1, 2):
+        os.dup2(terminal, number)
+    os.environ.pop("COLUMNS", None)
+    for step in range(5):
+        at_step(1, step, functools.partial(time.sleep, pause))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 50])
+def test_progress_fits_a_line_of_the_terminal(columns, tmp_path):
+    terminal = Terminal(columns)
+    run = Run("pretrain_bns", tmp_path / "run", "--epochs", 2, prepare=functools.partial(move_into, terminal.name, 0.6))
+    run.wait_until(lambda: terminal.shows("\nwrote "))
+    assert run.end() == 0, terminal.text
+    lines = terminal.text.split("\r\n")
+    passing = [text for line in lines for text in line.split("\r")[:-1] if text]
+    assert len(passing) >= 2 and all(re.match(r"epoch \d  step \d/5  loss \d.* time left", text) for text in passing)
+    assert {len(text) for text in passing} == {columns - 1}  # what was there is overwritten, and nothing wraps
+    assert any(re.fullmatch(r"epoch 1  train_loss .* images/s *", line.split("\r")[-1]) for line in lines)
+
+
+@pytest.mark.slow
+def test_closed_terminal_saves_and_ends_the_run(tmp_path):
+    terminal = Terminal()
+    run = Run("pretrain_bns", tmp_path / "run", "--epochs", 10000, "--save_freq", 10000, latest_every=60.0,
+              prepare=functools.partial(move_into, terminal.name))
+    assert run.wait_until(lambda: terminal.shows("epoch 2  train_loss"))
+    terminal.close()
+    assert run.end() == 128 + signal.SIGHUP
+    assert load_checkpoint(tmp_path / "run" / "checkpoint-latest.pth")["epoch"] >= 2
+
+
+def ignore_hangups():
+    """As nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(1, 0, functools.partial(signal_self, signal.SIGHUP))
+
+
+@pytest.mark.slow
+def test_run_under_nohup_goes_on(tmp_path):
+    output = finish("pretrain_bns", tmp_path / "run", "--epochs", 3, prepare=ignore_hangups)
+    assert "epoch 2  train_loss" in output and "stopping" not in output

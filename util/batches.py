@@ -1,0 +1,109 @@
+"""Batches of augmented images from a data set that lies on the device as a whole, for one process or many."""
+import math
+
+import numpy as np
+import torch
+
+from util.augment import AugmentParameters
+
+BLOCK = 1024  # images augmented at once: one batch of stage 1, 16 of the later stages
+
+
+def to_device(dataset, device):
+    """All images as uint8 (N, 3, 32, 32) and all labels as int64 (N,) on `device`."""
+    return torch.from_numpy(dataset.data).to(device).permute(0, 3, 1, 2), torch.tensor(dataset.targets, device=device)
+
+
+def random_seed(*key):
+    """A seed for PyTorch's generators, one per tuple of non-negative integers."""
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)  # (1,) is not (1, 0)
+
+
+def split_epoch(num_images, batch_size, drop_last=False):
+    """Sizes of an epoch's batches: a list of ints.
+
+    A last batch of one image joins the batch before it, since batch norm cannot train on a single value per channel.
+    """
+    whole, rest = divmod(num_images, batch_size)
+    sizes = [batch_size] * whole
+    if rest == 1 and whole and not drop_last:
+        sizes[-1] += 1
+    elif rest and not drop_last:
+        sizes.append(rest)
+    return sizes
+
+
+class DeviceLoader:
+    """Like a DataLoader over images that lie on the device, augmented there; all that is random follows from `seed`.
+
+    Args:
+        images, labels: of `to_device`.
+        augment: SimCLRAugment.
+        processes: Processes; each gets its share of every batch.
+        batch_size: images per process and step.
+        seed: with epoch, step and process it determines order and augmentation.
+        num_views: views of each image.
+        drop_last: leave an epoch's incomplete last batch out.
+    """
+
+    def __init__(self, images, labels, augment, processes, batch_size, seed, num_views=1, drop_last=False):
+        self.images, self.labels, self.augment, self.processes = images, labels, augment, processes
+        self.batch_size, self.seed, self.num_views, self.drop_last = batch_size, seed, num_views, drop_last
+
+    def steps(self, num_images):
+        """Batches of an epoch of `num_images`."""
+        return len(self._sizes(num_images))
+
+    def _sizes(self, num_images):
+        """Images of each batch in each process; all processes get as many."""
+        share = num_images / self.processes.world_size
+        return split_epoch(math.floor(share) if self.drop_last else math.ceil(share), self.batch_size, self.drop_last)
+
+    def epoch(self, epoch, subset):
+        """The batches of an epoch over the images `subset` (int64 indices (n,) on the CPU), in random order."""
+        world_size = self.processes.world_size
+        generator = torch.Generator().manual_seed(random_seed(self.seed, epoch))
+        order = subset[torch.randperm(len(subset), generator=generator)]
+        order = torch.cat((order, order[:-len(order) % world_size])).to(self.images.device)
+        mine = order[self.processes.rank::world_size]
+        sizes = self._sizes(len(subset))
+        return EpochBatches(self, epoch, mine[:sum(sizes)].split(sizes))
+
+
+class EpochBatches:
+    """Yields (views, labels) of each step: a list of float (n, 3, size, size) views in [0, 1], and int64 (n,).
+
+    Attribute `indices`: the images of each step, a list of int64 tensors.
+    """
+
+    def __init__(self, loader, epoch, indices):
+        self.loader, self.epoch, self.indices = loader, epoch, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __iter__(self):
+        loader = self.loader
+        together = max(1, BLOCK // loader.batch_size)
+        for first in range(0, len(self), together):
+            block = self.indices[first:first + together]
+            for step, views in enumerate(self._augment(block, first), first):
+                torch.manual_seed(self._seed(step, 1))  # for what is random in the network
+                yield views, loader.labels[self.indices[step]]
+
+    def _seed(self, step, *purpose):
+        return random_seed(self.loader.seed, self.epoch, step, self.loader.processes.rank, *purpose)
+
+    def _augment(self, block, first):
+        """Views of the batches of a block, steps `first` and following, each with its own random parameters."""
+        loader, sizes = self.loader, [len(indices) for indices in block]
+        pixels = loader.images[torch.cat(block)]
+        generators = [torch.Generator().manual_seed(self._seed(first + i)) for i in range(len(block))]
+        views = []
+        for _ in range(loader.num_views):
+            parameters = [loader.augment.sample(size, *pixels.shape[2:], generator)
+                          for size, generator in zip(sizes, generators, strict=True)]
+            joined = AugmentParameters(*(torch.cat(parts) for parts in zip(*parameters, strict=True)))
+            augmented = loader.augment.apply(pixels, joined)
+            views.append(augmented.contiguous(memory_format=torch.channels_last).split(sizes))
+        return zip(*views, strict=True)

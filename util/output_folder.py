@@ -1,0 +1,142 @@
+"""The output folder of a run: claimed and locked before training, then filled with checkpoints; few are kept."""
+import fcntl
+import os
+import shutil
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+from util.checkpoint import numbered_checkpoints
+from util.errors import UserError
+
+LATEST = "checkpoint-latest.pth"
+
+
+class OutputFolder:
+    """One run's `checkpoint-<epoch>.pth`, `checkpoint-latest.pth`, `log.txt` and, last, `final_name` in `path`.
+
+    Args:
+        log_dir: folder of TensorBoard's events; their names end in `suffix`, which tells this run's from others'.
+        keep: numbered checkpoints to keep, 0 for all.
+    """
+
+    def __init__(self, path, log_dir, final_name, keep):
+        self.path, self.log_dir, self.keep = Path(path), Path(log_dir), keep
+        self.final = self.path / final_name
+        self.downloaded = self.final.with_suffix(".downloaded.pth")
+        self.suffix = f".{zlib.crc32(bytes(self.path.resolve())):08x}"
+        self._lock = None
+
+    def checkpoints(self):
+        """This run's own checkpoints; a downloaded file at the final one's place is none."""
+        own = [path for path in (self.path / LATEST, self.final) if path.is_file()]
+        if self.final in own and (self._is_downloaded() or not self._traces()):
+            own.remove(self.final)
+        return [*own, *numbered_checkpoints(self.path)]
+
+    def _traces(self):
+        """Files that only a run of this project leaves."""
+        named = [self.path / "log.txt", self.path / LATEST]
+        return [path for path in named if path.exists()] + numbered_checkpoints(self.path)
+
+    def _is_downloaded(self):
+        return self.downloaded.exists() and self.downloaded.samefile(self.final)
+
+    def claim(self, source, continues, auto, overwrite):
+        """Make the folder ready and lock it until `release`, or until the process ends, however that happens.
+
+        Args:
+            source: resolved path of the checkpoint that the run starts from, or None.
+            continues: whether that is one of the same stage.
+            auto: whether the run may take up whatever of its own lies in the folder.
+
+        Raises:
+            UserError: it cannot be written, is in use, or holds another run and neither `continues` nor `overwrite`
+                covers that. Nothing is left behind then.
+        """
+        folders = [self.path, *self.path.parents, self.log_dir, *self.log_dir.parents]
+        lock = self.path / ".lock"
+        created, unlocked = [folder for folder in folders if not folder.exists()], not lock.exists()
+        try:
+            self._make("--output_dir", self.path)
+            self._acquire()
+            self._check(source, continues, auto, overwrite)
+            self._make("--log_dir", self.log_dir)
+            self._check_log_dir()
+        except UserError:
+            if unlocked and self._lock:
+                lock.unlink(missing_ok=True)
+            self.release()
+            for folder in sorted(created, reverse=True):  # the innermost first
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        if self.final.exists() and not self._traces() and not self.downloaded.exists():
+            os.link(self.final, self.downloaded)  # the name of the final file goes to this run's own, once there is one
+            print(f"{self.final} comes from elsewhere; it is kept as {self.downloaded.name}", flush=True)
+        if overwrite:
+            self._delete_earlier()
+
+    def _make(self, flag, folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()
+            (folder / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"{flag}: {folder} is not a folder that can be written: {error.strerror}") from error
+
+    def _acquire(self):
+        self._lock = open(self.path / ".lock", "a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            raise UserError(f"--output_dir: {self.path} is in use by process {self._lock.read() or 'unknown'}, "
+                            "expected a folder that no other run writes to") from error
+        except OSError:  # a file system without locks, such as some of NFS
+            pass
+
+    def release(self):
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _check(self, source, continues, auto, overwrite):
+        inside = source is not None and source.parent == self.path.resolve()
+        traces = self._traces()
+        if overwrite and inside:
+            raise UserError(f"--overwrite: would delete {source.name}, which --resume names, "
+                            "expected another --output_dir")
+        if traces and not (overwrite or auto or (continues and inside)):
+            raise UserError(f"--output_dir: {self.path} holds another run ({traces[0].name}); expected an empty "
+                            "folder, or --resume auto to continue that run, or --overwrite to delete it")
+
+    def _check_log_dir(self):
+        """Refuse another run's curves. (In a run's own folder, those of another name are its own, of before a move.)"""
+        others = [path for path in self.log_dir.glob("events.out.tfevents.*") if not path.name.endswith(self.suffix)]
+        if others and (self.log_dir.resolve() != self.path.resolve() or not self._traces()):
+            raise UserError(f"--log_dir: {self.log_dir} holds the curves of another run ({others[0].name}), expected a "
+                            f"folder of its own, such as {self.log_dir / self.path.name}")
+
+    def _delete_earlier(self):
+        """Delete what an earlier run left in the folder, and of a --log_dir elsewhere what is this folder's."""
+        for path in self._traces():
+            path.unlink()
+        if self.final.exists() and not self._is_downloaded():
+            self.final.unlink()
+        alone = self.log_dir.resolve() == self.path.resolve()
+        for path in self.log_dir.glob("events.out.tfevents.*" if alone else f"events.out.tfevents.*{self.suffix}"):
+            path.unlink()
+        (self.log_dir / "projector_config.pbtxt").unlink(missing_ok=True)
+        for embedding in self.log_dir.glob("[0-9]*/test_features"):
+            shutil.rmtree(embedding)
+
+    def prune(self):
+        """Delete the latest checkpoint, which a numbered one has followed, and all but the newest numbered ones."""
+        (self.path / LATEST).unlink(missing_ok=True)
+        if self.keep:
+            for old in numbered_checkpoints(self.path)[:-self.keep]:
+                old.unlink(missing_ok=True)

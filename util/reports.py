@@ -1,0 +1,219 @@
+"""What a run tells: progress on the console, a JSON object per epoch in log.txt, curves and pictures in TensorBoard."""
+import json
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from util.checkpoint import write_atomically
+from util.figures import accuracy_bars, confusion_heatmap
+from util.ip_dpp import inclusion_probabilities
+from util.metrics import confusion_matrix
+
+EPOCH_END = 0.999  # where an epoch's results are plotted; a run resumed at the next one takes back what lies at 1
+PROJECTED = 1000  # test images in the embedding projector
+SHOWN_CLASSES = 5  # largest classes whose draws are logged
+TAGS = {"test_acc1": "test/acc1", "test_acc5": "test/acc5", "test_loss": "test/loss",
+        "test_many": "test_shots/many", "test_medium": "test_shots/medium", "test_few": "test_shots/few",
+        "test_adjusted_acc1": "test_adjusted/acc1", "test_adjusted_many": "test_adjusted/many",
+        "test_adjusted_medium": "test_adjusted/medium", "test_adjusted_few": "test_adjusted/few",
+        "knn_acc1": "knn/acc1", "knn_many": "knn/many", "knn_medium": "knn/medium", "knn_few": "knn/few",
+        "images_per_second": "train/images_per_second", "peak_memory_gib": "train/peak_memory_gib"}
+
+
+class Progress:
+    """A line about work under way, with the time left: rewritten in a terminal, printed now and then into a file.
+
+    Args:
+        total: steps of the whole work.
+        done: steps done before, by an earlier part of a resumed run.
+        quiet: say nothing (every process but the first).
+    """
+
+    def __init__(self, total, done=0, quiet=False):
+        self.total, self.done, self.before, self.quiet = total, done, done, quiet
+        self.terminal = sys.stdout.isatty()
+        self.interval = 0.5 if self.terminal else 15.0  # seconds
+        self.start = self.shown = time.monotonic()
+
+    def due(self):
+        """Count one step; whether it is time to `show` something."""
+        self.done += 1
+        return not self.quiet and time.monotonic() - self.shown >= self.interval
+
+    def show(self, text):
+        self.shown = time.monotonic()
+        seconds = (self.shown - self.start) / (self.done - self.before) * (self.total - self.done)
+        left = timedelta(seconds=round(seconds))
+        self._print(f"{text}  {self.done / self.total:4.0%}  time left {left}", passing=True)
+
+    def say(self, text):
+        """Print a line that stays."""
+        if not self.quiet:
+            self._print(text, passing=False)
+
+    def _print(self, line, passing):
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1  # a full line would wrap
+            line = f"\r{line[:width] if passing else line:<{width}}"
+        print(line, end="" if self.terminal and passing else "\n", flush=True)
+
+
+class RunLog:
+    """log.txt in `output_dir` and TensorBoard events in `log_dir`; with `quiet`, neither.
+
+    Args:
+        suffix: ends the names of this run's event files.
+        start: epoch at which this run begins; what TensorBoard holds from there on, of an earlier part that was
+            interrupted, is taken back.
+    """
+
+    def __init__(self, output_dir, log_dir, suffix="", start=0, quiet=False):
+        self.path, self.quiet, self.writer = output_dir / "log.txt", quiet, None
+        if not quiet:
+            with self._tolerant("TensorBoard"):
+                self.writer = SummaryWriter(str(log_dir), purge_step=self.x(start), filename_suffix=suffix)
+
+    @staticmethod
+    def x(epoch):
+        """TensorBoard's x axis: thousandths of an epoch, so that runs of any batch size compare (as in MAE)."""
+        return round(epoch * 1000)
+
+    @contextmanager
+    def _tolerant(self, what):
+        """A log that cannot be written never ends a training."""
+        try:
+            yield
+        except OSError as error:
+            print(f"could not write {what}: {error}; training goes on without it", file=sys.stderr, flush=True)
+            if what == "TensorBoard":
+                self.writer = None
+
+    def write_history(self, history):
+        """Make log.txt hold exactly the epochs of `history` (list of dicts)."""
+        if not self.quiet:
+            text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history)
+            with self._tolerant("log.txt"):
+                write_atomically(self.path, text.encode())
+
+    def scalars(self, values, epoch):
+        """Plot `values` (dict from tag to float or None, which is left out) at `epoch`, which may be fractional."""
+        with self._tolerant("TensorBoard"):
+            for tag, value in values.items():
+                if self.writer and value is not None:
+                    self.writer.add_scalar(tag, value, self.x(epoch))
+
+    def steps(self, curves, epoch):
+        """Plot `curves` (dict from tag to tensor (steps,)) over the epoch."""
+        for tag, values in curves.items():
+            for i, value in enumerate(values.tolist()):
+                self.scalars({tag: value}, epoch + (i + 0.5) / len(values))
+
+    def results(self, stats, epoch):
+        """Plot the figures of an epoch that have a tag in TAGS, and make all written so far visible."""
+        self.scalars({TAGS[name]: value for name, value in stats.items() if name in TAGS}, epoch + EPOCH_END)
+        with self._tolerant("TensorBoard"):
+            if self.writer:
+                self.writer.flush()
+
+    def image(self, tag, image, epoch):
+        """Show `image` at `epoch`: (3, H, W), or (N, 3, H, W) as a sheet; uint8, or float in [0, 1]."""
+        with self._tolerant("TensorBoard"):
+            if self.writer:
+                add = self.writer.add_image if image.ndim == 3 else self.writer.add_images
+                add(tag, image, self.x(epoch))
+
+    def embedding(self, features, metadata, header, thumbnails, epoch):
+        """Fill the projector with `features` (float (N, D)), in units of their deviation.
+
+        thumbnails: uint8 (N, 3, H, W). metadata: N lists of as many values as `header` has names.
+        """
+        features = (features.double() / features.std()).round(decimals=3)  # more digits would only make a larger file
+        with self._tolerant("TensorBoard"):
+            if self.writer:
+                self.writer.add_embedding(features, metadata, thumbnails / 255, epoch, "test_features", header)
+
+    def close(self, flags=None):
+        """Close TensorBoard's file; of a run that is over, make `flags` (dict) its row in the HPARAMS table."""
+        with self._tolerant("TensorBoard"):
+            if self.writer and flags:
+                values = {name: value if isinstance(value, int | float) else str(value)
+                          for name, value in flags.items()}
+                # Without the first of the three summaries: TensorBoard would take one stage's columns for all stages'.
+                for summary in hparams(values, {})[1:]:
+                    self.writer.file_writer.add_summary(summary)
+            if self.writer:
+                self.writer.close()
+
+
+def describe_draw(log, epoch, log_p, logits, train_set, subset, previous, kernel):
+    """Show in TensorBoard what was drawn of the largest classes.
+
+    Args:
+        log_p, logits: of all training images, (N,) in NumPy and (N, C), by the model that the draw was made with.
+        subset, previous: int64 tensors of what was drawn now and, or None, before.
+        kernel: of the k-DPP, for its inclusion probabilities; None where the draw was uniform.
+
+    Returns:
+        dict for log.txt: `drawn`, a list with a dict of each of these classes. A margin is the true label's logit minus
+        the largest other, below 0 where the classifier is wrong.
+    """
+    targets, subset = np.asarray(train_set.targets), subset.numpy()
+    labels = torch.tensor(train_set.targets, device=logits.device)[:, None]
+    largest_other = logits.scatter(1, labels, -torch.inf).amax(1)
+    margins = (logits.gather(1, labels)[:, 0] - largest_other).double().cpu().numpy()
+    record = []
+    for c in np.argsort(-train_set.class_counts, kind="stable")[:SHOWN_CLASSES]:
+        members = np.flatnonzero(targets == c)
+        drawn, left = np.intersect1d(subset, members), np.setdiff1d(members, subset)
+        if not len(left):
+            continue
+        figures = {"mean_p": float(np.exp(log_p[members]).mean())}
+        for name, part in (("drawn", drawn), ("left", left)):
+            figures[f"{name}_mean_p"] = float(np.exp(log_p[part]).mean())
+            figures[f"{name}_margin"] = float(margins[part].mean())
+        if previous is not None:
+            figures["changed"] = len(np.setdiff1d(drawn, previous.numpy()))
+        title = f"train_ipdpp/{train_set.classes[c]}"
+        if kernel:
+            inclusion = inclusion_probabilities(log_p[members], len(drawn), kernel)
+            figures |= {"max_inclusion": float(inclusion.max()), "min_inclusion": float(inclusion.min())}
+            ranked = members[np.argsort(-inclusion, kind="stable")]
+            sheet = torch.from_numpy(train_set.data[np.concatenate([ranked[:16], ranked[-16:]])]).permute(0, 3, 1, 2)
+            log.image(f"{title}/most and least likely drawn", sheet, epoch)
+        log.scalars({f"{title}/{name}": value for name, value in figures.items()}, epoch)
+        record.append({"class": int(c), **figures})
+    return {"drawn": record}
+
+
+def show_predictions(log, epoch, features, logits, test_set, train_set, last):
+    """Show in TensorBoard the accuracy per class and the confusion matrix, and after the `last` epoch the features.
+
+    features, logits: of the test images, (N, D) and (N, C).
+    """
+    labels, counts = torch.tensor(test_set.targets), train_set.class_counts
+    confusion = confusion_matrix(logits.cpu(), labels)
+    bars = accuracy_bars(confusion, counts, train_set.shot_thresholds, train_set.classes)
+    log.image("test/accuracy per class", bars, epoch + EPOCH_END)
+    log.image("test/confusion", confusion_heatmap(confusion, counts, train_set.classes), epoch + EPOCH_END)
+    if last:
+        shown = class_balanced(labels, PROJECTED)
+        predicted = logits.cpu()[shown].argmax(dim=1)
+        names = [[train_set.classes[c], train_set.classes[p], counts[c]]
+                 for c, p in zip(labels[shown], predicted, strict=True)]
+        thumbnails = torch.from_numpy(test_set.data)[shown].permute(0, 3, 1, 2)
+        header = ["class", "predicted class", "training images"]
+        log.embedding(features.cpu()[shown], names, header, thumbnails, epoch + 1)
+
+
+def class_balanced(targets, total):
+    """About `total` images with as many of each class: ascending int64 indices into `targets` (N,)."""
+    targets = torch.as_tensor(targets)
+    per_class = max(1, total // len(targets.unique()))
+    return torch.cat([torch.nonzero(targets == c)[:per_class, 0] for c in targets.unique()]).sort().values

@@ -1,0 +1,374 @@
+"""What a run needs besides its recipe: processes, precision, the checkpoint to go on from, logs, folder and signals."""
+import math
+import os
+import resource
+import shlex
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import timm
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from util.checkpoint import (
+    load_checkpoint,
+    load_encoder,
+    load_newest,
+    load_weights,
+    restore_optimizer,
+    save_checkpoint,
+    stage_of,
+)
+from util.errors import UserError
+from util.options import RUN_FLAGS, Interrupted
+from util.output_folder import LATEST, OutputFolder
+from util.processes import Processes, keep_freed_memory
+from util.reports import Progress, RunLog
+
+PICTURES = 10  # evaluations of a run that are shown as pictures, the last one included
+LATEST_EVERY = 60.0  # seconds; epochs of a GPU can be shorter than the writing of their checkpoint
+OF_CHECKPOINT = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
+DATA = ("dataset", "toy_data", "imbalanced_factor")
+SAME_RUN = (*DATA, "num_classes", "model", "input_size", "embed_dim")
+PLACES = RUN_FLAGS | {"data_root", "given"}  # may change at any time without a word
+OF_DRAW = ("num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed")
+
+
+class Run:
+    """One run of a script: begun, told of the end of each epoch, finished. Attributes that the recipes use:
+
+        args                   the flags
+        device, processes      where tensors lie; the processes of the run
+        autocast(), scaler     precision of the forward pass; scales the loss of float16
+        start_epoch, subset    where to begin; indices drawn before, or None
+        log, progress          TensorBoard and log.txt; the line about work under way
+
+    Raises:
+        UserError: flags that do not go together, or a checkpoint of --eval that cannot be read.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.processes = Processes(args.device)
+        self.device = self.processes.device
+        if args.eval:
+            self._adopt_flags()
+        else:
+            self._check_flags()
+        dtype = amp_dtype(args.amp, self.device)
+        args.amp = str(dtype).removeprefix("torch.") if dtype else "none"
+        self.autocast = lambda: torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        torch.backends.cudnn.benchmark = not args.deterministic
+        torch.backends.cudnn.allow_tf32 = dtype is not None  # --amp none means float32 throughout
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    def say(self, text):
+        if self.processes.first:
+            print(text, flush=True)
+
+    # ------------------------------------------------------------------------------------------ --eval
+
+    def _adopt_flags(self):
+        """What the checkpoint of --eval was trained on and with takes the place of flags that the user did not give."""
+        args = self.args
+        for flag in ("resume", "start_epoch", "overwrite"):
+            if flag in args.given:
+                raise UserError(f"--{flag}: found together with --eval, expected one of the two")
+        self.evaluated = load_checkpoint(args.eval, "--eval")
+        given, taken = set(args.given), []
+        if "data_root" in given:
+            given.add("toy_data")  # real images were asked for
+        for name in OF_CHECKPOINT:
+            trained = self.evaluated["args"].get(name)
+            if trained is None or not hasattr(args, name) or trained == getattr(args, name):
+                continue
+            if name in given:
+                self.say(f"--{name} {getattr(args, name)}, as asked; {args.eval} was trained with {trained}")
+            elif name != "model" or timm.is_model(trained):  # a published file may name it in another way
+                setattr(args, name, trained)
+                taken.append(f"{name} {trained}")
+        if taken:
+            self.say(f"from the checkpoint: {', '.join(taken)}")
+
+    def load_evaluated(self, model):
+        """Load the checkpoint of --eval into `model`; refuse one of another stage."""
+        source, args = f"--eval {self.args.eval}", self.evaluated["args"]
+        stage = stage_of(self.evaluated)
+        # What a file without its stage was trained by is a guess; any with a linear layer will do.
+        if stage != self.args.stage and ("stage" in args or "lin.weight" not in self.evaluated["model"]):
+            raise UserError(f"{source} holds {_stage_name(stage)}, expected one of {self.args.stage}")
+        load_weights(model, self.evaluated["model"], source)
+
+    # ------------------------------------------------------------------------------------------ before training
+
+    def _check_flags(self):
+        args = self.args
+        classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
+        if args.num_classes != classes:
+            raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
+        if args.warmup_epochs >= args.epochs:
+            self.say(f"--warmup_epochs: {args.warmup_epochs} of --epochs {args.epochs} would leave none, "
+                     f"so {args.epochs // 5} it is")
+            args.warmup_epochs = args.epochs // 5
+        if (args.start_epoch or 0) >= args.epochs:
+            raise UserError(f"--start_epoch: found {args.start_epoch}, expected less than --epochs {args.epochs}")
+        wanted = args.resume or []
+        if len(wanted) > 2 or (len(wanted) == 2 and wanted[0] != "auto") or "auto" in wanted[1:]:
+            raise UserError(f"--resume: found '{' '.join(wanted)}', expected FILE, auto, or auto FILE")
+        if args.overwrite and wanted[:1] == ["auto"]:
+            raise UserError("--overwrite: found together with --resume auto, expected one of the two: to delete "
+                            "the run in --output_dir, or to continue it")
+
+    def learning_rate(self, steps):
+        """--lr, or --blr per 256 images of an update; no update has more steps than the `steps` of an epoch."""
+        args = self.args
+        update = args.batch_size * self.processes.world_size * min(args.accum_iter, steps)
+        lr = args.lr or args.blr * update / 256
+        if args.min_lr > lr:
+            raise UserError(f"--min_lr: found {args.min_lr:g}, expected at most the learning rate, {lr:g}")
+        return lr
+
+    def updates(self, steps):
+        """Updates of the weights in an epoch of `steps`."""
+        return math.ceil(steps / self.args.accum_iter)
+
+    def begin(self, model, optimizer, steps):
+        """Load what --resume names, claim the output folder, open the logs. Returns the network to train.
+
+        Args:
+            model: with the encoder `enc`; loaded in place.
+            steps: of an epoch.
+        """
+        args, first = self.args, self.processes.first
+        self.model, self.optimizer = model, optimizer
+        self.start_epoch, self.history, self.subset = args.start_epoch or 0, [], None
+        final = f"{args.stage}_{args.dataset}_if{args.imbalanced_factor:.10g}.pth"
+        self.folder = OutputFolder(args.output_dir, args.log_dir or args.output_dir, final, args.keep_checkpoints)
+        checkpoint, path = self._find_checkpoint()
+        continues = checkpoint is not None and stage_of(checkpoint) == args.stage
+        if continues:
+            self._continue(checkpoint, path)
+        elif checkpoint:
+            load_encoder(model.enc, checkpoint, f"--resume {path}")
+            trained = checkpoint["args"]
+            other = [f"{name} {trained[name]}" for name in DATA if trained.get(name) not in (None, getattr(args, name))]
+            note = f", which, unlike this run, was trained with {' '.join(other)}" if other else ""
+            self.say(f"starting from the encoder of {path}{note}")
+        elif not args.resume and args.stage != "pretrain_bns":
+            self.say("no --resume: starting from a randomly initialised encoder")
+
+        auto = bool(args.resume) and args.resume[0] == "auto"
+        source = path.resolve() if path else None
+        self.processes.from_first(self.folder.claim, source, continues, auto, args.overwrite)
+        self.log = RunLog(self.folder.path, self.folder.log_dir, self.folder.suffix, self.start_epoch, quiet=not first)
+        self.log.write_history(self.history)
+        self.progress = Progress(args.epochs * steps, self.start_epoch * steps, quiet=not first)
+        self.saved_at = time.monotonic()
+        toy, lr = "toy data like " if args.toy_data else "", optimizer.param_groups[0]["initial_lr"]
+        self.say(f"{args.stage} on {toy}{args.dataset} at IF {args.imbalanced_factor:.10g}: {steps} steps an epoch, "
+                 f"{args.model}, {self.device}, amp {args.amp}, lr {lr:g}, {self.processes.world_size} process(es)"
+                 + (f"; continuing {path} in epoch {self.start_epoch}" if continues else ""))
+        self.stop = StopSignal()
+        network = model
+        if self.processes.world_size > 1:
+            network = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        self._no_sync = network.no_sync if self.processes.world_size > 1 else nullcontext
+        # A graph for each batch size: with dynamic shapes, the last, smaller batch would slow down all after it.
+        return torch.compile(network, dynamic=False) if args.compile else network
+
+    def _find_checkpoint(self):
+        """What --resume names, as (checkpoint, path); (None, None) where there is nothing to resume."""
+        wanted = list(self.args.resume or [])
+        if wanted[:1] == ["auto"]:
+            wanted.pop(0)
+            newest, stage = self.processes.from_first(self._newest)
+            if newest and stage != self.args.stage:
+                raise UserError(f"--output_dir: {self.args.output_dir} holds {_stage_name(stage)} ({newest.name}), "
+                                f"expected one of stage {self.args.stage}, or an empty folder")
+            if newest:
+                wanted = [newest]
+            else:
+                instead = f"starting from {wanted[0]}" if wanted else "starting afresh"
+                self.say(f"--resume auto: no checkpoint in {self.args.output_dir}, {instead}")
+        return (load_checkpoint(wanted[0]), Path(wanted[0])) if wanted else (None, None)
+
+    def _newest(self):
+        path, checkpoint = load_newest(self.folder.checkpoints())
+        return path, stage_of(checkpoint) if path else None
+
+    def _continue(self, checkpoint, path):
+        """Take up the run of a checkpoint; refuse other data or another model, say aloud what else has changed."""
+        args, before, source = self.args, checkpoint["args"], f"--resume {path}"
+        if checkpoint.get("partial"):
+            raise UserError(f"{source} was saved amid an epoch by an earlier version, expected one saved after an "
+                            "epoch, such as a checkpoint-<epoch>.pth beside it")
+        changed = [name for name, value in vars(args).items()
+                   if name in before and before[name] != value and name not in PLACES]
+        for name in changed:
+            if name in SAME_RUN:
+                raise UserError(f"{source} was trained with --{name} {before[name]}, found --{name} "
+                                f"{getattr(args, name)}; expected the same, or another --output_dir and no --resume")
+            self.say(f"--{name}: {before[name]} in the checkpoint, {getattr(args, name)} from here on")
+        load_weights(self.model, checkpoint["model"], source)
+        restore_optimizer(self.optimizer, checkpoint, source)
+        if self.scaler.is_enabled() and checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        if args.start_epoch is None:
+            self.start_epoch = checkpoint.get("epoch", -1) + 1
+        self.history = [record for record in checkpoint.get("history", []) if record["epoch"] < self.start_epoch]
+        self.subset = checkpoint.get("subset")
+        if set(changed) & set(OF_DRAW):
+            self.subset = None  # drawn by other flags: draw anew at once
+
+    # ------------------------------------------------------------------------------------------ epochs
+
+    def sync_gradients(self, last_step):
+        """A context for forward and backward: processes exchange gradients in the `last_step` of an update only."""
+        return nullcontext() if last_step else self._no_sync()
+
+    def evaluates(self, epoch):
+        return (epoch + 1) % self.args.eval_freq == 0 or epoch == self.args.epochs - 1
+
+    def shows_pictures(self, epoch):
+        return (self.args.epochs - 1 - epoch) % math.ceil(self.args.epochs / PICTURES) == 0
+
+    def end_epoch(self, epoch, stats, subset=None):
+        """Log `stats` (dict of figures), save a checkpoint, and leave if a signal came.
+
+        subset: int64 indices drawn, kept in the checkpoint.
+
+        Raises:
+            Interrupted: after SIGTERM, Ctrl-C or SIGHUP in any process, once the epoch is saved.
+        """
+        self.history.append({"epoch": epoch, **stats})
+        self.subset = subset
+        if "test_acc1" in stats:
+            best = max(record.get("test_acc1", 0) for record in self.history)
+            self.say(f"Max accuracy: {best:.2f}%")
+        self.log.results(stats, epoch)
+        self.log.write_history(self.history)
+        last = epoch == self.args.epochs - 1
+        stopped = self.processes.any(self.stop.signum is not None) and not last
+        self.processes.from_first(self._save, epoch, last, stopped)
+        if stopped:
+            self._close()
+            raise Interrupted(self.stop.signum or signal.SIGTERM, f"stopped after epoch {epoch}; add --resume auto to "
+                              "the command to go on from there")
+
+    def _save(self, epoch, last=False, stopped=False):
+        numbered = last or (epoch + 1) % self.args.save_freq == 0
+        if not (numbered or stopped) and time.monotonic() - self.saved_at < LATEST_EVERY:
+            return
+        flags = {name: value for name, value in vars(self.args).items() if name != "given"}
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": epoch,
+                 "scaler": self.scaler.state_dict(), "args": flags, "history": self.history, "subset": self.subset}
+        names = [self.folder.final.name] if last else []  # first: a run that is over has its final file
+        names.append(f"checkpoint-{epoch}.pth" if numbered else LATEST)
+        for name in names:
+            path = self.folder.path / name
+            try:
+                save_checkpoint(state, path)
+            except OSError as error:
+                message = f"could not write {path}: {error}; the checkpoints before it are as they were"
+                if last or stopped:
+                    raise UserError(message) from error
+                print(f"{message}, and training goes on", file=sys.stderr, flush=True)
+                return
+        self.saved_at = time.monotonic()
+        if numbered:
+            self.folder.prune()
+
+    def _close(self, flags=None):
+        self.stop.restore()
+        self.log.close(flags)
+        self.folder.release()
+        self.processes.end()
+
+    def finish(self):
+        """Say what the run reached, where its files lie and what to run next. Returns its epochs, a list of dicts."""
+        args, final = self.args, self.folder.final
+        if self.start_epoch >= args.epochs:
+            self.say(f"nothing left to train: {self.start_epoch} of {args.epochs} epochs were done before")
+            if not final.exists():
+                self.processes.from_first(self._save, self.start_epoch - 1, True)
+        self._close({name: value for name, value in vars(args).items() if name not in PLACES})
+        tested = [record for record in self.history if "test_acc1" in record]
+        if tested:
+            best = max(tested, key=lambda record: record["test_acc1"])
+            self.say(f"last epoch {tested[-1]['epoch']}: {tested[-1]['test_acc1']:.2f}%; "
+                     f"best epoch {best['epoch']}: {best['test_acc1']:.2f}%")
+        self.say(f"peak memory {peak_memory(self.device):.2f} GiB on {self.device}")
+        self.say(f"wrote {final}, {self.folder.path / 'log.txt'} and TensorBoard events in {self.folder.log_dir}")
+        flags = ["--toy_data"] if args.toy_data else ["--data_root", args.data_root]
+        if args.stage == "pretrain_bns":
+            flags += ["--imbalanced_factor", f"{args.imbalanced_factor:.10g}", "--model", args.model,
+                      "--input_size", str(args.input_size), "--resume", str(final)]
+            stages = ["lineprob_bns", "finetune_ipdpp"]
+        else:
+            flags, stages = [*flags, "--eval", str(final)], [args.stage]
+        for stage in stages:
+            script = Path(sys.argv[0]).with_name(f"main_{args.dataset}_{stage}.py")
+            self.say(f"next: {shlex.join(['python', str(script), *flags])}")
+        return self.history
+
+
+def _stage_name(stage):
+    return f"a checkpoint of stage {stage}" if stage else "neither projector nor linear layer"
+
+
+def amp_dtype(name, device):
+    """The type that `--amp name` means on `device`: torch.bfloat16, torch.float16, or None for float32 throughout."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
+
+
+def peak_memory(device):
+    """Most memory in use so far, in GiB: of the device, or of the process where that is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class StopSignal:
+    """SIGTERM, Ctrl-C and the closing of the terminal as a request: the first sets `signum`, and the epoch goes on.
+
+    A second one, a second or more later, ends the process at once. (A terminal and torchrun both send theirs, so what
+    comes within a second counts as one.) `restore` brings back what was before.
+    """
+
+    def __init__(self):
+        self.signum, self.came_at = None, 0.0
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+
+    def restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum, _frame):
+        if self.signum is not None and time.monotonic() - self.came_at >= 1:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        if self.signum is None:
+            self.signum, self.came_at = signum, time.monotonic()
+            name = signal.Signals(signum).name
+            try:  # not `print`, which fails where the signal comes amid another print
+                os.write(1, f"\n{name}: stopping after this epoch (once more: at once)\n".encode())
+            except OSError:  # the terminal is gone, and every later print would fail
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.dup2(nowhere, 2)
