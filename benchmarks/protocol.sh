@@ -1,45 +1,139 @@
 #!/usr/bin/env bash
-# The runs behind a table of RESULTS.md: stage 1 with both forms of its loss, probes of the encoders and of a random one,
-# every variant of stage 2 from the same encoder, and plain cross-entropy.
-#     bash benchmarks/protocol.sh cifar10 FOLDER_OF_CIFAR results/NAME [flags for every script]   (paths without spaces)
-# The schedules are the scripts' own unless the variables below hold other flags; FORMS are stage 1's, each run with its
-# default seed, SEEDS those of everything else.
-set -euo pipefail
-dataset=$1 data=$2 results=$3
-shift 3
-: "${BNS:=}" "${PROBE:=}" "${FINETUNE:=}" "${NO_SAMPLING:=$FINETUNE}" "${CROSS_ENTROPY:=}"
-: "${FORMS:=published eq12}" "${SEEDS:=42 43 44}" "${CROSS_ENTROPY_SEEDS:=$SEEDS}"
-out=output_dir/$results
-mkdir -p "$results"
+# The runs of a study: stage 1; from its encoder, probing and the variants of stage 2; and the same from scratch.
+#
+#     bash benchmarks/protocol.sh cifar10|cifar100 CIFAR_FOLDER RESULTS_FOLDER [flags for every script]
+#     BNS="--epochs 200" OMP_NUM_THREADS=1 taskset -c 0 bash benchmarks/protocol.sh cifar10 /data/cifar \
+#         results/cifar10_if100_resnet32 --model cifar_resnet32
+#
+# Call it at the root of the repository, with paths without spaces. Call it again to go on: a finished run is not
+# repeated, and a stopped one continues after its last checkpoint. It may run several times at once, for example once
+# per core: a run that is under way elsewhere is passed over, and so is one whose stage 1 is missing.
+#
+# RESULTS_FOLDER gets the log of each finished run, VARIANT-seed<number>.txt, and in `commands` a line per part of a
+# run: its command, seconds, hardware and git commit. Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
+# Variables, with their defaults:
+: "${IF:=100}"            # imbalance factors; each takes the place of {IF} in RESULTS_FOLDER: 'results/cifar10_if{IF}'
+: "${SEEDS:=42 43 44}"    # of the later stages; runs marked $two below take the first two
+: "${BNS:=}"              # flags of stage 1, which otherwise is the paper's: 1000 epochs
+: "${LATER:=}"            # flags of every later stage, to try things out; a study leaves these stages as they are
+: "${RUNS:=bns bns-probe bns-ipdpp bns-uniform bns-no_sampling scratch-uniform scratch-cross_entropy}"  # or 'bns-*'
+: "${OUT:=output_dir}"    # where checkpoints go
+: "${ON:=$(nproc) core}"  # hardware of a run, for its cost (nproc knows taskset and OMP_NUM_THREADS); else ON="1 H100"
+set -feuo pipefail        # f: patterns of RUNS are not expanded to files
 
-run() {  # run NAME STAGE EXTRACTOR FLAGS: train, or go on where an earlier try stopped; keep log and command
-    local name=$1 stage=$2 extractor=$3 began=$SECONDS
-    shift 3
-    [ -f "$results/$name.txt" ] && return
-    set -- "main_${dataset}_$stage.py" --imbalanced_factor 100 "$@" --resume auto $extractor
-    echo "+ $*"
-    python "$@" --data_root "$data" --output_dir "$out/$name"
-    cp "$out/$name/log.txt" "$results/$name.txt"
-    echo "$name: $* ($((SECONDS - began)) s)" >> "$results/commands"
+fail() { echo "protocol.sh: $*" >&2; exit 2; }
+
+recipe() {
+    #   variant                     seeds     stage          encoder  flags
+    run bns                         0         pretrain_bns   -
+    run bns-probe                   "$SEEDS"  lineprob_bns   bns
+    run bns-ipdpp                   "$SEEDS"  finetune_ipdpp bns
+    run bns-uniform                 "$SEEDS"  finetune_ipdpp bns      --ipdpp_sampler uniform
+    run bns-no_sampling             "$two"    finetune_ipdpp bns      --ipdpp_sampler none --epochs "$(epochs_for all)"
+    run scratch-uniform             "$two"    finetune_ipdpp -        --ipdpp_sampler uniform
+    run scratch-cross_entropy       "$two"    finetune_ipdpp -        --ipdpp_sampler none --epochs 200
+
+    # More. How many images to keep of a class, at the same number of images seen:
+    local n
+    for n in $numbers; do
+        run bns-ipdpp-n$n           "$SEEDS"  finetune_ipdpp bns      --num_samples $n --epochs "$(epochs_for $n)"
+        run bns-uniform-n$n         "$SEEDS"  finetune_ipdpp bns      --num_samples $n --epochs "$(epochs_for $n)" \
+            --ipdpp_sampler uniform
+    done
+    run bns-ipdpp-n2_kernel         "$SEEDS"  finetune_ipdpp bns      --ipdpp_kernel published
+    run bns-ipdpp-adjusted_loss     "$SEEDS"  finetune_ipdpp bns      --loss logit_adjusted
+    run scratch-adjusted_loss       "$two"    finetune_ipdpp -        --loss logit_adjusted --ipdpp_sampler none \
+        --epochs 200
+    run eq12                        0         pretrain_bns   -        --bns_form eq12
+    run eq12-probe                  "$SEEDS"  lineprob_bns   eq12
+    run eq12-ipdpp                  "$SEEDS"  finetune_ipdpp eq12
 }
 
-for form in $FORMS; do
-    bns=bns_$form
-    run $bns-seed0 pretrain_bns "" "$@" $BNS --bns_form $form
-    extractor=$out/$bns-seed0/pretrain_bns_${dataset}_if100.pth
-    for seed in $SEEDS; do
-        run $bns-probe-seed$seed lineprob_bns $extractor "$@" $PROBE --seed $seed
-        run $bns-ipdpp-seed$seed finetune_ipdpp $extractor "$@" $FINETUNE --seed $seed
-        [ $form = published ] || continue
-        run $bns-uniform-seed$seed finetune_ipdpp $extractor "$@" $FINETUNE --seed $seed --ipdpp_sampler uniform
-        run $bns-ipdpp_n2_kernel-seed$seed finetune_ipdpp $extractor "$@" $FINETUNE --seed $seed --ipdpp_kernel published
-        run $bns-no_sampling-seed$seed finetune_ipdpp $extractor "$@" $NO_SAMPLING --seed $seed --ipdpp_sampler none
+epochs_for() {  # epochs_for N: with N images a class (or all), epochs that see as many as 100 of the script's own
+    awk -v classes=$classes -v own=$own -v n="${1/all/50000}" -v factor="$factor" 'BEGIN {
+        for (c = 0; c < classes; c++) {
+            count = int(50000 / classes * factor ^ (-c / (classes - 1)))  # as in util/imbalanced_cifar.py
+            reference += count < own ? count : own
+            epoch += count < n ? count : n
+        }
+        printf "%.0f", 100 * reference / epoch
+    }'
+}
+
+run() {  # run VARIANT SEEDS STAGE ENCODER [flags]: those of its runs that RUNS asks for
+    local variant=$1 seeds=$2 seed pattern
+    shift 2
+    variants+=" $variant"
+    for seed in $seeds; do
+        for pattern in $RUNS; do
+            if [[ $variant == $pattern || $variant-seed$seed == $pattern ]]; then
+                chosen=yes
+                train "$variant-seed$seed" "$@" --seed "$seed"
+                break
+            fi
+        done
     done
+}
+
+train() {  # train NAME STAGE ENCODER FLAGS: until it is over, from where an earlier part of it stopped
+    local name=$1 stage=$2 encoder=$3 folder=$OUT/$results/$1 code=0 extractor=""
+    shift 3
+    exec 9> "$folder.lock"  # held until the next run's, by python too, should it outlive this script
+    flock -n 9 || { echo "$name: passed over: under way elsewhere"; return; }
+    [ -f "$results/$name.txt" ] && return
+    # A part that was killed together with this script ended, as far as is known, when its log was written last.
+    [ "$folder/log.txt" -nt "$folder.began" ] && write_down "$name" "$(stat -c %Y "$folder/log.txt")" ", stopped"
+    if [ "$encoder" != - ]; then
+        extractor=$encoder-seed0/pretrain_bns_${dataset}_if$factor.pth
+        [ -f "$OUT/$results/$extractor" ] || { echo "$name: passed over: no $OUT/$results/$extractor"; return; }
+    fi
+
+    set -- "main_${dataset}_$stage.py" --imbalanced_factor "$factor" "${flags[@]}" "$@"
+    case $stage in
+        pretrain_bns) set -- "$@" $BNS --resume auto ;;
+        *) set -- "$@" --eval_freq 10 $LATER --resume auto ;;
+    esac
+    # Written down without this machine's paths.
+    printf '%s\n' "$(date +%s)" "$ON, commit $(commit | xargs)" "$* $extractor" > "$folder.began"
+    echo "+ $* $extractor"
+    python "$@" ${extractor:+"$OUT/$results/$extractor"} --data_root "$data" --output_dir "$folder" || code=$?
+    if [ $code != 0 ]; then
+        write_down "$name" "$(date +%s)" ", stopped"
+        exit $code
+    fi
+    write_down "$name" "$(date +%s)" ""
+    cp "$folder/log.txt" "$results/$name.txt"
+}
+
+write_down() {  # write_down NAME END HOW: add the part that began last to `commands`; END in seconds since 1970
+    local began=$OUT/$results/$1.began start where command
+    [ -f "$began" ] || return 0
+    { read -r start; read -r where; read -r command; } < "$began"
+    echo "$1: $command ($(($2 - start)) s on $where$3)" >> "$results/commands"
+    rm "$began"
+}
+
+commit() {
+    git rev-parse --short HEAD
+    git diff --quiet HEAD -- '*.py' ':!benchmarks' ':!tests' || echo "with changes"
+}
+
+[ $# -ge 3 ] || fail "expected cifar10 or cifar100, the folder of CIFAR and the folder for the results"
+dataset=$1 data=$2 folders=$3
+shift 3
+flags=("$@")
+two=$(echo $SEEDS | cut -d' ' -f1-2)
+case $dataset in  # own: the script's --num_samples
+    cifar10) classes=10 own=500 numbers="100 200 1000" ;;
+    cifar100) classes=100 own=50 numbers="10 20 100" ;;
+    *) fail "found the data set '$dataset', expected cifar10 or cifar100" ;;
+esac
+for factor in $IF; do
+    results=${folders//"{IF}"/$factor} variants="" chosen=""
+    [[ $results/ =~ ${dataset}_if${factor}[^0-9.] ]] ||
+        fail "found '$results', expected a name with ${dataset}_if$factor"
+    mkdir -p "$results" "$OUT/$results"
+    recipe
+    [ "$chosen" ] || fail "RUNS='$RUNS' is none of:$variants"
+    python benchmarks/plot_results.py "$results"
 done
-for seed in $SEEDS; do
-    run random-probe-seed$seed lineprob_bns "" "$@" $PROBE --seed $seed
-done
-for seed in $CROSS_ENTROPY_SEEDS; do
-    run cross_entropy-seed$seed finetune_ipdpp "" "$@" $CROSS_ENTROPY --seed $seed --ipdpp_sampler none
-done
-python benchmarks/plot_results.py "$results"
