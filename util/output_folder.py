@@ -75,7 +75,10 @@ class OutputFolder:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
         if self.final.exists() and not self._traces() and not self.downloaded.exists():
-            os.link(self.final, self.downloaded)  # the name of the final file goes to this run's own, once there is one
+            try:  # the name of the final file goes to this run's own, once there is one
+                os.link(self.final, self.downloaded)
+            except OSError:  # a file system without hard links
+                os.replace(self.final, self.downloaded)
             print(f"{self.final} comes from elsewhere; it is kept as {self.downloaded.name}", flush=True)
         if overwrite:
             self._delete_earlier()
