@@ -185,6 +185,7 @@ def test_folder_in_use_by_another_run(bad, tmp_path, capsys):
         other.release()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [
     (PRETRAIN, f"--batch_size 127 --warmup_epochs 9 --seed {2**63 - 1}"),
     (LINEPROB, "--num_samples 999 --batch_size 127"),
@@ -213,6 +214,7 @@ def test_bad_cifar(name, root, expected, bad, tmp_path, capsys, monkeypatch):
     assert "--data_root" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [PRETRAIN, LINEPROB, FINETUNE])
 def test_loss_that_is_not_finite(name, tmp_path, capsys):
     flags = [*TOY, "--output_dir", tmp_path, "--save_freq", 1]

@@ -211,6 +211,7 @@ def test_root_without_permission(fake, tmp_path):
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("download", [False, True])
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
 @pytest.mark.parametrize("which", ["train", "test", "meta"])

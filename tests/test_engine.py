@@ -75,6 +75,7 @@ def plain_training(model, epochs, loss_of, lr, accum_iter):
     return means
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, accum_iter, flags", [
     (pretrain, 1, []), (pretrain, 2, []), (finetune, 1, ["--ipdpp_sampler", "none"]),
     (finetune, 1, ["--num_samples", 10, "--loss", "logit_adjusted"]), (lineprob, 2, ["--num_samples", 10])])
@@ -131,6 +132,7 @@ def test_learning_rate_at_every_update(accum_iter, tmp_path):
     assert [record["train_lr"] for record in history] == pytest.approx(expected[updates - 1::updates], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, batch_size, steps, flags", [
     (pretrain, 48, 2, []), (lineprob, 10, 6, ["--num_samples", 10]), (finetune, 10, 6, ["--num_samples", 10])])
 def test_more_accumulation_than_an_epoch_has_steps_does_not_raise_the_learning_rate(script, batch_size, steps, flags,
@@ -176,6 +178,7 @@ def checkpoints(folder, epochs):
     return [load_checkpoint(folder / f"checkpoint-{epoch}.pth") for epoch in range(epochs)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs, sampling_freq, expected", [
     (5, 2, [0, 1, 3]), (6, 3, [0, 2]), (4, 1, [0, 1, 2]), (1, 10, [0]), (3, 10, [0])])
 def test_redraw_schedule(epochs, sampling_freq, expected, tmp_path):
@@ -188,6 +191,7 @@ def test_redraw_schedule(epochs, sampling_freq, expected, tmp_path):
         assert torch.equal(subsets[epoch], subsets[epoch - 1]) == (epoch not in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler, kernel", [("exact", "paper"), ("exact", "published"), ("uniform", "paper")])
 def test_draws_see_the_current_model_on_clean_images(sampler, kernel, tmp_path):
     history = run(finetune, tmp_path, "--epochs", 4, "--sampling_freq", 2, "--num_samples", 15, "--batch_size", 20,
@@ -289,6 +293,7 @@ def test_a_diverged_run_stops_before_its_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint-0.pth"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--epochs", 2], ["--epochs", 6, "--sampling_freq", 1]])
 def test_float16_that_overflows_ends_in_one_line(flags, tmp_path, capsys):
     """The training itself goes on: it is the evaluation, and the draw, whose features are too large for float16."""
@@ -301,6 +306,7 @@ def test_float16_that_overflows_ends_in_one_line(flags, tmp_path, capsys):
         json.loads(line, parse_constant=pytest.fail)
 
 
+@pytest.mark.slow
 # No last batch has one image, which batch norm cannot train on where the features are 1 x 1.
 @pytest.mark.parametrize("flags", [
     ["--model", "mobilenetv3_small_050", "--input_size", 32, "--num_samples", 1, "--batch_size", 3],

@@ -92,6 +92,7 @@ def test_eval_repeats_the_last_epoch_exactly(script, amp, tmp_path, capsys):
     assert re.findall(r"^Max accuracy: (.*)$", trained, re.M) == [f"{before['test_acc1']:.2f}%", f"{best:.2f}%"]
 
 
+@pytest.mark.slow
 # Learning rates at which the logits tell classes apart after three epochs.
 @pytest.mark.parametrize("script, blr, flags", [
     (lineprob, 1, ["--num_samples", 4]), (finetune, 0.02, ["--num_samples", 4, "--sampling_freq", 1]),
@@ -113,6 +114,7 @@ def test_adjusted_figures_take_out_the_prior_of_the_images_drawn(script, blr, fl
     assert line in capsys.readouterr().out.splitlines() and metrics == figures_of(last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [lineprob, finetune])
 def test_the_strength_of_adjustment_changes_its_figures_alone(script, tmp_path, capsys):
     weights, histories = [], []

@@ -229,6 +229,7 @@ def run_script(name, *arguments):
     return module.main(module.get_args_parser().parse_args([*TOY, *map(str, arguments)]))
 
 
+@pytest.mark.slow
 def test_exported_weights_evaluate_alike(tmp_path, capsys):
     script, name = "main_cifar10_finetune_ipdpp", "finetune_ipdpp_cifar10_if100.pth"
     run_script(script, "--epochs", 1, "--num_samples", 5, "--output_dir", tmp_path / "run")

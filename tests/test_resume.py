@@ -141,6 +141,7 @@ def test_changed_flags_are_said_aloud_and_obeyed(quick_runs, tmp_path, capsys):
     assert records(tmp_path)[2]["train_lr"] == pytest.approx(0.125 / 2)  # half way down half a cosine of 4 updates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after, images", [
     ((LINEPROB, "--num_samples", 10), ("--num_samples", 20), 87),
     ((LINEPROB, "--num_samples", 20), ("--num_samples", 5), 36),
