@@ -65,7 +65,7 @@ FLAGS = {  # each with what the line must name beside the flag
     PRETRAIN: {
         "--epochs 0": "at least 1", "--epochs -1": "at least 1", "--epochs 1.5": "whole number",
         "--batch_size 0": "at least 2", "--batch_size -4": "at least 2", "--batch_size 128": "at most 127",
-        "--temperature 0": "above 0", "--temperature -1": "above 0",
+        "--temperature 0": "above 0", "--temperature -1": "above 0", "--temperature 0.0119": "at least 0.0",
         "--lr 0": "above 0", "--lr -0.1": "above 0", "--lr nan": "above 0", "--lr inf": "above 0", "--blr 0": "above 0",
         "--min_lr -1": "at least 0", "--min_lr 0.1": "at most the learning rate",
         "--imbalanced_factor 0.5": "at least 1", "--imbalanced_factor 0": "at least 1",
