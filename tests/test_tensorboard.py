@@ -19,6 +19,7 @@ from util.figures import accuracy_bars, confusion_heatmap
 from util.reports import class_balanced
 from util.toy_data import ToyCIFAR
 
+pytestmark = pytest.mark.slow
 EPOCHS = 3
 CLASSES = ToyCIFAR(10).classes
 
