@@ -1,5 +1,6 @@
 """What a run finds in its folders, what it writes and deletes there, and what it leaves alone."""
 import functools
+import os
 import signal
 from pathlib import Path
 
@@ -157,6 +158,17 @@ def test_downloaded_file_is_evaluated_and_then_kept_under_another_name(flags, do
     assert "another run" in refused(capsys, LINEPROB, downloaded, *PROBE)
     run(LINEPROB, downloaded, *PROBE, "--overwrite", "--epochs", 2)
     assert kept.read_bytes() == original and load_checkpoint(downloaded / FINAL)["epoch"] == 1
+
+
+def test_downloaded_file_is_kept_on_a_file_system_without_hard_links(downloaded, monkeypatch):
+    def no_links(*_):
+        raise OSError("Operation not supported")
+
+    original = (downloaded / FINAL).read_bytes()
+    monkeypatch.setattr(os, "link", no_links)
+    run(LINEPROB, downloaded, *PROBE)
+    assert (downloaded / FINAL.replace(".pth", ".downloaded.pth")).read_bytes() == original
+    assert load_checkpoint(downloaded / FINAL)["epoch"] == 0
 
 
 KILLED_AT_ONCE = functools.partial(at_step, 1, 0, functools.partial(signal_self, signal.SIGKILL))
