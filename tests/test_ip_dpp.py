@@ -11,10 +11,8 @@ from scipy.stats import chisquare
 
 from util.ip_dpp import (
     KERNELS,
-    SAMPLERS,
-    class_stream,
-    draw,
     draw_subset,
+    exchange_chain,
     inclusion_probabilities,
     likelihood_kernel,
     mixing_steps,
@@ -22,6 +20,7 @@ from util.ip_dpp import (
     true_label_log_probabilities,
 )
 
+SAMPLERS = ("exact", "mcmc", "uniform")
 REGIMES = {
     "random": lambda rng, n: np.log(rng.random(n)),
     "near 0": lambda rng, n: -50 * rng.random(n) - 5,
@@ -154,12 +153,12 @@ def test_all_p_equal_to_one_is_uniform(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("function", [sample_k_dpp, exchange_chain])
 @pytest.mark.parametrize("log_p", [[0.0], [-np.inf], [0.0, 0.0, 0.0, 0.0], [-np.inf, -1.0, -1e-9, 0.0]])
-def test_nothing_and_everything_can_be_drawn(sampler, kernel, log_p):
+def test_nothing_and_everything_can_be_drawn(function, kernel, log_p):
     for k in (0, len(log_p)):
-        drawn = draw(log_p, k, np.random.default_rng(0), sampler, kernel)
-        assert drawn.dtype == np.int64 and drawn.tolist() == list(range(k))
+        drawn = function(log_p, k, np.random.default_rng(0), kernel)
+        assert drawn.dtype == np.int64 and sorted(drawn.tolist()) == list(range(k))
         np.testing.assert_array_equal(inclusion_probabilities(log_p, k, kernel), np.full(len(log_p), float(k > 0)))
 
 
@@ -176,19 +175,9 @@ def test_hard_classes_are_drawn_at_every_size():
                         assert np.isclose(inclusion_probabilities(log_p, k, kernel).sum(), k, rtol=1e-9)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_draws_are_sorted_distinct_and_repeatable(sampler):
-    log_p = np.log(np.random.default_rng(0).random(60))
-    first, again, other = (draw(log_p, 7, class_stream(3, redraw, 2), sampler, mcmc_steps=50) for redraw in (4, 4, 5))
-    assert first.dtype == np.int64 and first.shape == (7,)
-    assert (np.diff(first) > 0).all() and 0 <= first[0] and first[-1] < 60
-    np.testing.assert_array_equal(first, again)
-    assert first.tolist() != other.tolist()
-
-
 def test_uniform_ignores_the_classifier():
-    log_p, rng = np.array([-np.inf, -1e-6, -1e-6, -1e-6, -1e-6]), np.random.default_rng(0)
-    pairs = [tuple(draw(log_p, 2, rng, "uniform").tolist()) for _ in range(10_000)]
+    log_p = np.array([-np.inf, -1e-6, -1e-6, -1e-6, -1e-6])
+    pairs = [tuple(draw_subset(log_p, [0] * 5, 2, (0, redraw), "uniform").tolist()) for redraw in range(5000)]
     assert chisquare([pairs.count(pair) for pair in combinations(range(5), 2)]).pvalue > 1e-3
 
 
@@ -203,10 +192,10 @@ def test_mcmc_returns_the_last_state_of_dppys_chain(monkeypatch):
 
     monkeypatch.setattr(FiniteDPP, "sample_mcmc_k_dpp", spy)
     log_p = np.log(np.random.default_rng(0).random(30))
-    drawn = draw(log_p, 5, np.random.default_rng(0), "mcmc", mcmc_steps=200)
+    drawn = exchange_chain(log_p, 5, np.random.default_rng(0), steps=200)
     chain, = chains
     assert len(chain) == 200 + 1  # the start and one state per step
-    assert drawn.tolist() == sorted(chain[-1]) != sorted(chain[0])
+    assert drawn.tolist() == list(chain[-1]) and sorted(drawn) != sorted(chain[0])
 
 
 @pytest.mark.slow
@@ -214,7 +203,7 @@ def test_mcmc_returns_the_last_state_of_dppys_chain(monkeypatch):
 def test_mcmc_reaches_the_k_dpp(kernel):
     log_p, rng, draws = np.log([0.02, 0.3, 0.99, 0.99, 0.99, 0.99]), np.random.default_rng(0), 3000
     subsets, determinants = brute_force(log_p, 2, kernel)
-    drawn = [tuple(draw(log_p, 2, rng, "mcmc", kernel, mcmc_steps=40).tolist()) for _ in range(draws)]
+    drawn = [tuple(sorted(exchange_chain(log_p, 2, rng, kernel, steps=40).tolist())) for _ in range(draws)]
     observed = [drawn.count(tuple(y)) for y in subsets.tolist()]
     assert chisquare(observed, draws * determinants / determinants.sum()).pvalue > 1e-3
 
@@ -222,17 +211,11 @@ def test_mcmc_reaches_the_k_dpp(kernel):
 def test_mcmc_moves_where_determinants_underflow():
     """det(S_Y) is about 1e-360 here: unscaled, DPPy finds no start and divides 0 by 0."""
     log_p = np.log1p(-1e-6 * np.random.default_rng(0).random(120))
-    start, drawn = (draw(log_p, 60, np.random.default_rng(0), "mcmc", mcmc_steps=steps) for steps in (1, 300))
+    start, drawn = (exchange_chain(log_p, 60, np.random.default_rng(0), steps=steps) for steps in (1, 300))
     assert len(np.setdiff1d(drawn, start)) > 15
 
 
-def test_class_streams_differ_in_every_part():
-    triples = [(seed, redraw, class_index) for seed in (0, 1, 42) for redraw in range(4) for class_index in range(4)]
-    assert len({tuple(class_stream(*triple).integers(2**62, size=2)) for triple in triples}) == len(triples)
-    assert class_stream(1, 2, 3).random() == class_stream(1, 2, 3).random()
-
-
-@pytest.mark.parametrize("function", [draw, sample_k_dpp, inclusion_probabilities])
+@pytest.mark.parametrize("function", [sample_k_dpp, exchange_chain, inclusion_probabilities])
 @pytest.mark.parametrize("name, log_p, k, kernel", [
     ("log_p", [-1.0, np.nan], 1, "paper"),
     ("log_p", [-1.0, 1e-9], 1, "paper"),
@@ -245,16 +228,10 @@ def test_class_streams_differ_in_every_part():
 ])
 def test_wrong_arguments_are_named(function, name, log_p, k, kernel):
     arguments = {"log_p": log_p, "k": k, "kernel": kernel}
-    if function in (draw, sample_k_dpp):
+    if function is not inclusion_probabilities:
         arguments["rng"] = np.random.default_rng(0)
     with pytest.raises(ValueError, match=f"^{name} "):
         function(**arguments)
-
-
-@pytest.mark.parametrize("name, value", [("sampler", "greedy"), ("mcmc_steps", 0)])
-def test_wrong_arguments_of_draw_are_named(name, value):
-    with pytest.raises(ValueError, match=f"^{name} "):
-        draw([-1.0, -2.0], 1, np.random.default_rng(0), **{name: value})
 
 
 # --------------------------------------------------------------------------------------- subsets of all classes
@@ -271,21 +248,29 @@ def test_log_probabilities_keep_the_digits_of_confident_predictions():
 def test_large_classes_are_cut_and_the_others_stay_whole(sampler):
     targets = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [40, 10, 11, 3]))
     log_p = np.log(np.random.default_rng(1).random(64))
-
-    def drawn(seed, redraw):
-        return draw_subset(log_p, targets.tolist(), 10, (seed, redraw), sampler, "paper", 50)
-
-    subset = drawn(0, 0)
+    subset = draw_subset(log_p, targets.tolist(), 10, (0, 0), sampler, "paper", 50)
     assert subset.dtype == torch.int64
-    expected = []
-    for c, count in enumerate((10, 10, 10, 3)):
-        members = np.flatnonzero(targets == c)
-        if len(members) > count:
-            members = members[draw(log_p[members], count, class_stream(0, 0, c), sampler, "paper", 50)]
-        assert len(set(members)) == count
-        expected += members.tolist()
-    assert subset.tolist() == expected
-    assert not torch.equal(subset, drawn(0, 1)) and not torch.equal(subset, drawn(1, 0))
+    drawn = subset.numpy()
+    parts = [drawn[targets[drawn] == c] for c in range(4)]
+    assert [len(part) for part in parts] == [10, 10, 10, 3]
+    np.testing.assert_array_equal(drawn, np.concatenate([np.unique(part) for part in parts]))  # ascending, distinct
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_seed_redraw_and_class_alone_determine_a_draw(sampler):
+    log_p = np.tile(np.log(np.random.default_rng(1).random(40)), 2)
+    targets = np.repeat([0, 1], 40)
+
+    def drawn(*seed, classes=(0, 1)):
+        rows = np.isin(targets, classes)
+        subset = draw_subset(log_p[rows], targets[rows], 10, seed, sampler, "paper", 50)
+        return np.flatnonzero(rows)[subset].tolist()
+
+    first = drawn(3, 4)
+    assert drawn(3, 4) == first and drawn(3, 4, classes=[1]) == first[10:]  # nor does a class before it matter
+    others = [drawn(3, 5), drawn(4, 4), drawn(4, 3)]
+    draws = [tuple(np.sort(part) % 40) for subset in (first, *others) for part in (subset[:10], subset[10:])]
+    assert len(set(draws)) == 8  # each class its own
 
 
 def test_steps_after_which_the_chain_has_mixed():
@@ -297,7 +282,7 @@ def test_steps_after_which_the_chain_has_mixed():
 
     def left_of_the_start(steps):
         rng = np.random.default_rng(0)
-        drawn = [draw(log_p, k, rng, "mcmc", mcmc_steps=steps) for _ in range(300)]
+        drawn = [exchange_chain(log_p, k, rng, steps=steps) for _ in range(300)]
         return (np.exp(log_p[drawn]).mean() - exact) / (uniform - exact)
 
     assert left_of_the_start(mixing_steps(k)) < 0.15 < 0.5 < left_of_the_start(k)

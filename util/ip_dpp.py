@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 
 KERNELS = ("paper", "published")
-SAMPLERS = ("exact", "mcmc", "uniform")
 
 
 def _check(log_p, k, kernel):
@@ -149,8 +148,13 @@ def likelihood_kernel(log_p, kernel="paper"):
     return np.outer(p, p) / (c * len(p)) + np.diag(d * s / c)
 
 
-def _exchange_chain(log_p, k, rng, kernel, steps):
-    """Last state of DPPy's exchange chain after `steps` steps from a uniform draw."""
+def exchange_chain(log_p, k, rng, kernel="paper", steps=1000):
+    """The state of DPPy's Markov chain after `steps` >= 1 exchanges of one item, from a uniform draw: int64 (k,).
+
+    It builds the N x N kernel. It has about mixed after `mixing_steps`. Other arguments and errors: `sample_k_dpp`.
+    Besides, FloatingPointError where the chain's determinants leave float64's range (k of several thousand).
+    """
+    log_p = _check(log_p, k, kernel)
     start = rng.choice(len(log_p), size=k, replace=False)
     if k in (0, len(log_p)) or not np.any(log_p):  # no exchange to make, or every exchange as good as any other
         return start
@@ -160,49 +164,13 @@ def _exchange_chain(log_p, k, rng, kernel, steps):
     # Scaling the kernel does not change a k-DPP, and keeps the determinants that DPPy divides within float64's range.
     likelihood *= np.exp(-np.linalg.slogdet(likelihood[np.ix_(start, start)]).logabsdet / k)
     with np.errstate(invalid="raise", divide="raise"):
-        return FiniteDPP("likelihood", L=likelihood).sample_mcmc_k_dpp(
-            size=k, s_init=start, nb_iter=steps + 1, random_state=np.random.RandomState(rng.integers(2**32)))
+        return np.array(FiniteDPP("likelihood", L=likelihood).sample_mcmc_k_dpp(
+            size=k, s_init=start, nb_iter=steps + 1, random_state=np.random.RandomState(rng.integers(2**32))))
 
 
 def mixing_steps(k):
     """Steps after which the exchange chain of a k-DPP has about mixed, 2 k log k: half of its moves propose nothing."""
     return round(2 * k * np.log(max(k, 2)))
-
-
-def draw(log_p, k, rng, sampler="exact", kernel="paper", mcmc_steps=1000):
-    """Indices of the k images of a class that are trained on, by one of three samplers.
-
-    Args:
-        sampler: "exact" (`sample_k_dpp`), "mcmc" (the last state of DPPy's exchange chain, which starts from a uniform
-            draw; it builds the N x N kernel) or "uniform" (plain random undersampling; log_p gives N).
-        mcmc_steps: steps of the chain, at least 1; see `mixing_steps`.
-        The others as in `sample_k_dpp`.
-
-    Returns:
-        (k,) int64 indices, distinct and ascending.
-
-    Raises:
-        ValueError: naming the argument that is out of its range.
-        FloatingPointError: if the chain's determinants leave float64's range (k of several thousand).
-    """
-    log_p = _check(log_p, k, kernel)
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
-    if mcmc_steps < 1:
-        raise ValueError(f"mcmc_steps must be at least 1, got {mcmc_steps}")
-    if sampler == "exact":
-        return sample_k_dpp(log_p, k, rng, kernel)
-    if sampler == "mcmc":
-        return np.sort(np.asarray(_exchange_chain(log_p, k, rng, kernel, mcmc_steps), dtype=np.int64))
-    return np.sort(rng.choice(len(log_p), size=k, replace=False).astype(np.int64))
-
-
-def class_stream(seed, redraw, class_index):
-    """The numpy.random.Generator of one class at one redraw: any draw can be repeated without those before it.
-
-    All three are integers >= 0, or numpy raises ValueError. Streams of different triples are independent.
-    """
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(redraw, class_index)))
 
 
 def true_label_log_probabilities(logits, labels):
@@ -217,20 +185,27 @@ def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="pape
     Args:
         log_p: (N,) log probabilities of the true labels; of the uniform sampler, any (N,).
         targets: N integer labels.
-        seed: (seed, redraw), two integers >= 0 that with the class determine the draw.
-        sampler, kernel, mcmc_steps: as in `draw`.
+        seed: (seed, redraw), two integers >= 0. With the class they determine its draw, whatever was drawn before.
+        sampler: "exact" (`sample_k_dpp`), "mcmc" (`exchange_chain`) or "uniform" (plain random undersampling).
+        kernel, mcmc_steps: of the k-DPP, and of the chain.
 
     Returns:
         int64 tensor of indices, class by class, ascending within a class.
 
     Raises:
-        As `draw`.
+        As the sampler.
     """
-    targets, chosen = np.asarray(targets), []
+    targets, chosen, (seed, redraw) = np.asarray(targets), [], seed
     for c in np.unique(targets):
         members = np.flatnonzero(targets == c)
         if len(members) > num_samples:
-            rng = class_stream(*seed, int(c))
-            members = members[draw(log_p[members], num_samples, rng, sampler, kernel, mcmc_steps)]
+            rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(redraw, int(c))))
+            if sampler == "exact":
+                drawn = sample_k_dpp(log_p[members], num_samples, rng, kernel)
+            elif sampler == "mcmc":
+                drawn = exchange_chain(log_p[members], num_samples, rng, kernel, mcmc_steps)
+            else:
+                drawn = rng.choice(len(members), size=num_samples, replace=False)
+            members = members[np.sort(drawn)]
         chosen.append(members)
     return torch.from_numpy(np.concatenate(chosen))
