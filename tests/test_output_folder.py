@@ -1,6 +1,5 @@
 """What a run finds in its folders, what it writes and deletes there, and what it leaves alone."""
 import functools
-import os
 import signal
 from pathlib import Path
 
@@ -160,15 +159,12 @@ def test_downloaded_file_is_evaluated_and_then_kept_under_another_name(flags, do
     assert kept.read_bytes() == original and load_checkpoint(downloaded / FINAL)["epoch"] == 1
 
 
-def test_downloaded_file_is_kept_on_a_file_system_without_hard_links(downloaded, monkeypatch):
-    def no_links(*_):
-        raise OSError("Operation not supported")
-
-    original = (downloaded / FINAL).read_bytes()
-    monkeypatch.setattr(os, "link", no_links)
-    run(LINEPROB, downloaded, *PROBE)
-    assert (downloaded / FINAL.replace(".pth", ".downloaded.pth")).read_bytes() == original
-    assert load_checkpoint(downloaded / FINAL)["epoch"] == 0
+def test_second_downloaded_file_replaces_no_first(downloaded, capsys):
+    kept = downloaded / FINAL.replace(".pth", ".downloaded.pth")
+    kept.write_text("an earlier one")
+    before = contents(downloaded)
+    assert "both come from elsewhere" in refused(capsys, LINEPROB, downloaded, *PROBE)
+    assert contents(downloaded) == before
 
 
 KILLED_AT_ONCE = functools.partial(at_step, 1, 0, functools.partial(signal_self, signal.SIGKILL))
@@ -180,16 +176,16 @@ def test_run_killed_before_its_first_checkpoint_begins_afresh(downloaded):
     flags = ["--epochs", 2, "--save_freq", 50]
     killed = functools.partial(finish, "lineprob_bns", downloaded, *flags, latest_every=60.0, code=-signal.SIGKILL,
                                prepare=KILLED_AT_ONCE)
-    original = (downloaded / FINAL).read_bytes()
+    original, kept = (downloaded / FINAL).read_bytes(), downloaded / FINAL.replace(".pth", ".downloaded.pth")
     killed()
-    assert (downloaded / FINAL).read_bytes() == original and not list(downloaded.glob("checkpoint*"))
+    assert kept.read_bytes() == original and not list(downloaded.glob("checkpoint*"))
     assert "starting afresh" in finish("lineprob_bns", downloaded, *flags, "--resume", "auto")
-    assert (downloaded / FINAL).read_bytes() != original
+    assert (downloaded / FINAL).exists()
 
     killed("--overwrite", "--seed", 3)
     output = finish("lineprob_bns", downloaded, *flags, "--seed", 3, "--resume", "auto")
     assert "starting afresh" in output and load_checkpoint(downloaded / FINAL)["args"]["seed"] == 3
-    assert (downloaded / FINAL.replace(".pth", ".downloaded.pth")).read_bytes() == original
+    assert kept.read_bytes() == original
 
 
 @pytest.mark.parametrize("log_dir", ["file", "file/logs", "used"])

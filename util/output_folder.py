@@ -3,13 +3,10 @@ import fcntl
 import os
 import shutil
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
-from util.checkpoint import numbered_checkpoints
+from util.checkpoint import LATEST, numbered_checkpoints
 from util.errors import UserError
-
-LATEST = "checkpoint-latest.pth"
 
 
 class OutputFolder:
@@ -24,23 +21,19 @@ class OutputFolder:
         self.path, self.log_dir, self.keep = Path(path), Path(log_dir), keep
         self.final = self.path / final_name
         self.downloaded = self.final.with_suffix(".downloaded.pth")
+        self._folders = ("--output_dir", self.path), ("--log_dir", self.log_dir)
         self.suffix = f".{zlib.crc32(bytes(self.path.resolve())):08x}"
         self._lock = None
 
     def checkpoints(self):
-        """This run's own checkpoints; a downloaded file at the final one's place is none."""
-        own = [path for path in (self.path / LATEST, self.final) if path.is_file()]
-        if self.final in own and (self._is_downloaded() or not self._traces()):
-            own.remove(self.final)
-        return [*own, *numbered_checkpoints(self.path)]
+        """This run's own checkpoints; a final file without any trace of a run is a downloaded one."""
+        own = [self.path / LATEST, self.final] if self._traces() else []
+        return [*(path for path in own if path.is_file()), *numbered_checkpoints(self.path)]
 
     def _traces(self):
         """Files that only a run of this project leaves."""
         named = [self.path / "log.txt", self.path / LATEST]
         return [path for path in named if path.exists()] + numbered_checkpoints(self.path)
-
-    def _is_downloaded(self):
-        return self.downloaded.exists() and self.downloaded.samefile(self.final)
 
     def claim(self, source, continues, auto, overwrite):
         """Make the folder ready and lock it until `release`, or until the process ends, however that happens.
@@ -52,47 +45,61 @@ class OutputFolder:
 
         Raises:
             UserError: it cannot be written, is in use, or holds another run and neither `continues` nor `overwrite`
-                covers that. Nothing is left behind then.
+                covers that. Nothing is made or changed then.
         """
-        folders = [self.path, *self.path.parents, self.log_dir, *self.log_dir.parents]
         lock = self.path / ".lock"
-        created, unlocked = [folder for folder in folders if not folder.exists()], not lock.exists()
+        self._check_folders()
         try:
-            self._make("--output_dir", self.path)
-            self._acquire()
-            self._check(source, continues, auto, overwrite)
-            self._make("--log_dir", self.log_dir)
-            self._check_log_dir()
+            if lock.exists():
+                self._acquire(lock)
+            self._check_run(source, continues, auto, overwrite)
         except UserError:
-            if unlocked and self._lock:
-                lock.unlink(missing_ok=True)
             self.release()
-            for folder in sorted(created, reverse=True):  # the innermost first
-                with suppress(OSError):
-                    folder.rmdir()
             raise
+        for flag, folder in self._folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _unwritable(flag, folder) from error
+        if self._lock is None:
+            self._acquire(lock)
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
-        if self.final.exists() and not self._traces() and not self.downloaded.exists():
-            try:  # the name of the final file goes to this run's own, once there is one
-                os.link(self.final, self.downloaded)
-            except OSError:  # a file system without hard links
-                os.replace(self.final, self.downloaded)
+        if self.final.exists() and not self._traces():
+            os.replace(self.final, self.downloaded)
             print(f"{self.final} comes from elsewhere; it is kept as {self.downloaded.name}", flush=True)
         if overwrite:
             self._delete_earlier()
 
-    def _make(self, flag, folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
-        except OSError as error:
-            raise UserError(f"{flag}: {folder} is not a folder that can be written: {error.strerror}") from error
+    def _check_folders(self):
+        """Refuse a folder that cannot be written, and a --log_dir that holds another run's curves."""
+        for flag, folder in self._folders:
+            nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+            if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+                raise _unwritable(flag, folder)
+        # In a run's own folder, curves of another name are its own, of before the folder was moved.
+        if self.log_dir.resolve() != self.path.resolve() or not self._traces():
+            for path in self.log_dir.glob("events.out.tfevents.*"):
+                if not path.name.endswith(self.suffix):
+                    raise UserError(f"--log_dir: {self.log_dir} holds the curves of another run ({path.name}), "
+                                    f"expected a folder of its own, such as {self.log_dir / self.path.name}")
 
-    def _acquire(self):
-        self._lock = open(self.path / ".lock", "a+")
+    def _check_run(self, source, continues, auto, overwrite):
+        inside = source is not None and source.parent == self.path.resolve()
+        traces = self._traces()
+        if overwrite and inside:
+            raise UserError(f"--overwrite: would delete {source.name}, which --resume names, "
+                            "expected another --output_dir")
+        if traces and not (overwrite or auto or (continues and inside)):
+            raise UserError(f"--output_dir: {self.path} holds another run ({traces[0].name}); expected an empty "
+                            "folder, or --resume auto to continue that run, or --overwrite to delete it")
+        if self.final.exists() and self.downloaded.exists() and not traces:
+            raise UserError(f"--output_dir: {self.final} and {self.downloaded.name} both come from elsewhere, "
+                            "expected one of them at most")
+
+    def _acquire(self, lock):
+        self._lock = open(lock, "a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -107,29 +114,10 @@ class OutputFolder:
             self._lock.close()
             self._lock = None
 
-    def _check(self, source, continues, auto, overwrite):
-        inside = source is not None and source.parent == self.path.resolve()
-        traces = self._traces()
-        if overwrite and inside:
-            raise UserError(f"--overwrite: would delete {source.name}, which --resume names, "
-                            "expected another --output_dir")
-        if traces and not (overwrite or auto or (continues and inside)):
-            raise UserError(f"--output_dir: {self.path} holds another run ({traces[0].name}); expected an empty "
-                            "folder, or --resume auto to continue that run, or --overwrite to delete it")
-
-    def _check_log_dir(self):
-        """Refuse another run's curves. (In a run's own folder, those of another name are its own, of before a move.)"""
-        others = [path for path in self.log_dir.glob("events.out.tfevents.*") if not path.name.endswith(self.suffix)]
-        if others and (self.log_dir.resolve() != self.path.resolve() or not self._traces()):
-            raise UserError(f"--log_dir: {self.log_dir} holds the curves of another run ({others[0].name}), expected a "
-                            f"folder of its own, such as {self.log_dir / self.path.name}")
-
     def _delete_earlier(self):
         """Delete what an earlier run left in the folder, and of a --log_dir elsewhere what is this folder's."""
-        for path in self._traces():
-            path.unlink()
-        if self.final.exists() and not self._is_downloaded():
-            self.final.unlink()
+        for path in [*self._traces(), self.final]:
+            path.unlink(missing_ok=True)
         alone = self.log_dir.resolve() == self.path.resolve()
         for path in self.log_dir.glob("events.out.tfevents.*" if alone else f"events.out.tfevents.*{self.suffix}"):
             path.unlink()
@@ -143,3 +131,7 @@ class OutputFolder:
         if self.keep:
             for old in numbered_checkpoints(self.path)[:-self.keep]:
                 old.unlink(missing_ok=True)
+
+
+def _unwritable(flag, folder):
+    return UserError(f"{flag}: {folder} is not a folder that can be written")
