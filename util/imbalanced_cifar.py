@@ -2,13 +2,12 @@
 
 import http.client
 import os
-import socket
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import check_integrity
 
 from util.errors import UserError
 
@@ -47,7 +46,7 @@ class LongTailedMixin:
     Attributes: `data` uint8 (N, 32, 32, 3), `targets` list of N ints, `class_counts` int64 (num_classes,),
     `shot_thresholds` (many above, few below) in training images per class.
     Raises UserError for a bad factor and for files that are absent, unreadable or not the originals. No file is
-    unpickled before its MD5 has been checked, and no download replaces a file that was there.
+    unpickled before its MD5 has been checked, and no download replaces an unpacked file that was there.
     """
 
     def __init__(self, root, imbalanced_factor=100.0, train=True, transform=None, target_transform=None,
@@ -67,31 +66,21 @@ class LongTailedMixin:
         """Download the data set to `root` unless it is there. Raises UserError as the class does."""
         cls(root, imbalanced_factor=1.0, train=False, download=True)
 
+    def download(self):
+        missing = [folder for folder in (Path(self.root), *Path(self.root).parents) if not folder.exists()]
+        try:
+            super().download()
+        finally:
+            for folder in missing:  # the innermost first; one with a file in it stays
+                with suppress(OSError):
+                    folder.rmdir()
+
     def _check_integrity(self):
         """Whether all files are there, as torchvision asks it, but a file that is there and wrong is named."""
         files = [*self.train_list, *self.test_list, (self.meta["filename"], self.meta["md5"])]
-        return all([self._is_there(os.path.join(self.base_folder, name), md5) for name, md5 in files])
+        return all([self._is_there(os.path.join(self.root, self.base_folder, name), md5) for name, md5 in files])
 
-    def download(self):
-        if self._check_integrity():
-            return
-        if not self._is_there(self.filename, self.tgz_md5):
-            partial = self.filename + ".part"  # a download cut short must not pass for the archive in the next run
-            timeout, root = socket.getdefaulttimeout(), Path(self.root)
-            missing = [folder for folder in (root, *root.parents) if not folder.exists()]
-            socket.setdefaulttimeout(30)  # seconds without an answer; urllib would wait for minutes or for ever
-            try:
-                download_url(self.url, self.root, partial, self.tgz_md5)
-            finally:
-                socket.setdefaulttimeout(timeout)
-                for folder in missing:  # the innermost first; one with a file in it stays
-                    with suppress(OSError):
-                        folder.rmdir()
-            os.replace(os.path.join(self.root, partial), os.path.join(self.root, self.filename))
-        super().download()
-
-    def _is_there(self, name, md5):
-        path = os.path.join(self.root, name)
+    def _is_there(self, path, md5):
         if os.path.exists(path) and not check_integrity(path, md5):
             raise self._user_error(f"{path} is not the original file (its MD5 is not {md5}); replace or remove it")
         return os.path.exists(path)
