@@ -317,7 +317,7 @@ def test_the_last_image_of_an_epoch_is_not_alone(flags, tmp_path):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--batch_size", 1], "at least 2"), (["--input_size", 1], "at least 2"), (["--seed", 2**64], "at most 9223"),
+    (["--batch_size", 1], "at least 2"),
     (["--min_lr", 0.1], "--min_lr: found 0.1, expected at most the learning rate, 0.0005"),
     (["--min_lr", 0.1, "--lr", 0.01], "--min_lr: found 0.1, expected at most the learning rate, 0.01")])
 @pytest.mark.parametrize("name", ["main_cifar10_pretrain_bns", "main_cifar10_lineprob_bns",

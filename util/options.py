@@ -5,33 +5,29 @@ import os
 import sys
 
 from util.errors import UserError
-from util.processes import first_to_tell, lost_a_process
 
 
-def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: a finite `kind` (int or float) within [low, high] and greater than `above`."""
-    bounds = []
-    if low > -math.inf:
-        bounds.append(f"of at least {low}")
-    if above > -math.inf:
-        bounds.append(f"above {above}")
-    if high < math.inf:
-        bounds.append(f"of at most {high}")
-    expected = " ".join(["a whole number" if kind is int else "a number", " and ".join(bounds)]).strip()
-
+def number(kind, expected, fits):
+    """An argparse type: a finite `kind` (int or float) for which `fits` holds; `expected` says which ones those are."""
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and value > above and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"found '{text}', expected {expected}")
-        return value
+            if math.isfinite(value) and fits(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"found '{text}', expected {expected}")
     return parse
 
 
-AT_LEAST_0, AT_LEAST_1, AT_LEAST_2 = (number(int, low=low) for low in range(3))
-NOT_NEGATIVE, POSITIVE = number(float, low=0), number(float, above=0)
+AT_LEAST_0 = number(int, "a whole number of at least 0", lambda value: value >= 0)
+AT_LEAST_1 = number(int, "a whole number of at least 1", lambda value: value >= 1)
+AT_LEAST_2 = number(int, "a whole number of at least 2", lambda value: value >= 2)
+NOT_NEGATIVE = number(float, "a number of at least 0", lambda value: value >= 0)
+POSITIVE = number(float, "a number above 0", lambda value: value > 0)
+FACTOR = number(float, "a number of at least 1", lambda value: value >= 1)
+STRENGTH = number(float, "a number from 0 to 2.5", lambda value: 0 <= value <= 2.5)
+SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 PATH = os.path.expanduser  # a quoted ~ reaches Python as it is
 ON = {"action": "store_true"}
 
@@ -39,12 +35,12 @@ GROUPS = {
     "data": {
         "--data_root -dr": dict(type=PATH, help="folder that holds CIFAR, or that it is downloaded to"),
         "--toy_data": dict(ON, help="render toy images in memory instead of reading CIFAR"),
-        "--imbalanced_factor": dict(type=number(float, low=1),
+        "--imbalanced_factor": dict(type=FACTOR,
                                     help="training images of the largest class per image of the smallest"),
         "--num_classes": dict(type=AT_LEAST_1, help="classes of the data set"),
         "--input_size": dict(type=AT_LEAST_2, help="side of the images fed to the model, pixels"),
-        "--jitter_strength --num_views": dict(type=number(float, low=0, high=2.5), help="strength s of the colour "
-                                              "jitter (the published code calls it --num_views)"),
+        "--jitter_strength --num_views": dict(type=STRENGTH, help="strength s of the colour jitter (the published "
+                                              "code calls it --num_views)"),
     },
     "model": {"--model": dict(help="timm model whose features are learned, or cifar_resnet20, 32 or 56")},
     "balanced negative sampling": {
@@ -82,7 +78,7 @@ GROUPS = {
         "--warmup_epochs": dict(type=AT_LEAST_0, help="epochs of linear warm-up; in a run that is not longer, a fifth"),
         "--amp": dict(choices=["auto", "bfloat16", "float16", "none"], help="precision of the encoder; auto: bfloat16 "
                       "where the hardware has it; none: float32 throughout"),
-        "--seed": dict(type=number(int, low=0, high=2**63 - 1), help="of everything that is random"),
+        "--seed": dict(type=SEED, help="of everything that is random"),
     },
     "run": {
         "--resume": dict(nargs="+", type=PATH, metavar="FILE", help="checkpoint of this stage to continue from, or of "
@@ -118,7 +114,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """Parse; `given` of the result holds the names of the flags that the user gave."""
         parsed = super().parse_args(args, namespace)
-        parsed.given = sorted(vars(super().parse_args(args, WithoutDefaults())))
+        words = {word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)}
+        parsed.given = [action.dest for action in self._actions if words & set(action.option_strings)]
         return parsed
 
     def error(self, message):
@@ -129,43 +126,16 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     pass
 
 
-class WithoutDefaults(argparse.Namespace):
-    """A namespace that claims to have every flag already, so that argparse sets no default in it."""
-
-    def __getattr__(self, name):
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-
-class Interrupted(Exception):  # noqa: N818  a request that was met, no error
-    """The run was asked to stop by signal `signum` and has saved what it had; the message says how to go on."""
-
-    def __init__(self, signum, message):
-        super().__init__(message)
-        self.signum = signum
-
-
 def launch(main, parser):
-    """Run an entry script: parse, call `main(args)`, and turn a user's mistake or a signal into one line and a code."""
-    args = parser.parse_args()
+    """Run an entry script: parse, call `main(args)`, and turn a user's mistake into one line and an exit code."""
+    args, rank = parser.parse_args(), os.environ.get("RANK", "0")
     try:
         main(args)
         sys.stdout.flush()
     except UserError as error:
-        process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-        parser.exit(2, f"{parser.prog}: error: {error}{process}\n" if first_to_tell() else None)
-    except Interrupted as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(stop, flush=True)
-        sys.exit(128 + stop.signum)
+        parser.exit(2, f"{parser.prog}: error: {error}{f' (process {rank})' if rank != '0' else ''}\n")
     except BrokenPipeError:  # whoever read our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted before or after the training\n")
-    except Exception as error:
-        first = first_to_tell()
-        if not lost_a_process(error):
-            raise
-        message = f"another process of this run has ended or cannot be reached: {str(error).splitlines()[0]}"
-        parser.exit(1, f"{parser.prog}: error: {message}\n" if first else None)

@@ -81,25 +81,6 @@ class Processes:
             dist.destroy_process_group()
 
 
-def first_to_tell():
-    """Whether no other process of this run has told of an error yet: what ends one ends all, and is told once."""
-    if not dist.is_initialized():
-        return True
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # PyTorch would trace its stack where the first process, which keeps the store, has ended
-    try:
-        return dist.distributed_c10d._get_default_store().add("errors told", 1) == 1
-    except RuntimeError:  # so it has, and has said why
-        return False
-    finally:
-        os.dup2(stderr, 2)
-
-
-def lost_a_process(error):
-    """Whether an exception means that another process has ended or cannot be reached."""
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "remote process exited"))
-
-
 def keep_freed_memory():
     """Have freed memory kept for this process, and not given back to the system, where the C library is glibc.
 

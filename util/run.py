@@ -14,6 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from util.checkpoint import (
+    LATEST,
     load_checkpoint,
     load_encoder,
     load_newest,
@@ -23,8 +24,8 @@ from util.checkpoint import (
     stage_of,
 )
 from util.errors import UserError
-from util.options import RUN_FLAGS, Interrupted
-from util.output_folder import LATEST, OutputFolder
+from util.options import RUN_FLAGS
+from util.output_folder import OutputFolder
 from util.processes import Processes, keep_freed_memory
 from util.reports import Progress, RunLog
 
@@ -246,7 +247,7 @@ class Run:
         subset: int64 indices drawn, kept in the checkpoint.
 
         Raises:
-            Interrupted: after SIGTERM, Ctrl-C or SIGHUP in any process, once the epoch is saved.
+            SystemExit: after SIGTERM, Ctrl-C or SIGHUP in any process, once the epoch is saved.
         """
         self.history.append({"epoch": epoch, **stats})
         self.subset = subset
@@ -259,9 +260,9 @@ class Run:
         stopped = self.processes.any(self.stop.signum is not None) and not last
         self.processes.from_first(self._save, epoch, last, stopped)
         if stopped:
+            self.say(f"stopped after epoch {epoch}; add --resume auto to the command to go on from there")
             self._close()
-            raise Interrupted(self.stop.signum or signal.SIGTERM, f"stopped after epoch {epoch}; add --resume auto to "
-                              "the command to go on from there")
+            raise SystemExit(128 + (self.stop.signum or signal.SIGTERM))
 
     def _save(self, epoch, last=False, stopped=False):
         numbered = last or (epoch + 1) % self.args.save_freq == 0
