@@ -19,7 +19,7 @@ ADVICE = "lower --lr or --blr, or try --amp none; checkpoints written before are
 
 
 def load_data(run):
-    """Training and test set that the flags name. Where CIFAR is missing, the first process downloads it for all.
+    """The training and test set that the flags name. Where CIFAR is missing, the first process downloads it.
 
     Raises:
         UserError: no usable data, or a batch that is larger than the training set.
@@ -38,7 +38,7 @@ def load_data(run):
 
 
 def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run):
-    """Train on the batches of an epoch. Nothing here waits for the device, except a progress line and the epoch's end.
+    """Train on the batches of an epoch. Only a progress line and the end of the epoch wait for the device.
 
     Args:
         network: called with all views of a step.
@@ -70,7 +70,7 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
         losses.append(loss.detach())
         images += len(labels)
         if run.progress.due():
-            if run.processes.world_size == 1:  # several find out together, after the epoch
+            if run.processes.world_size == 1:  # several processes find out together, after the epoch
                 check_finite(loss.item(), epoch)
             run.progress.show(f"epoch {epoch}  step {step + 1}/{steps}  loss {loss.item():.4f}")
         if part + 1 == parts:
@@ -79,7 +79,7 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
             rates.append(torch.full((), optimizer.param_groups[0]["lr"]))
             run.scaler.step(optimizer)
             run.scaler.update()
-    if run.processes.world_size > 1:  # all evaluate with the statistics of the first process, which are those saved
+    if run.processes.world_size > 1:  # all take the first process's batch-norm statistics, which are those saved
         distribute_bn(run.model, run.processes.world_size)
     curves = {"train_loss": run.processes.mean(torch.stack(losses)), "lr": torch.stack(rates),
               "train/gradient_norm": run.processes.mean(torch.stack(norms))}
@@ -94,7 +94,7 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
 
 
 def check_finite(loss, epoch, model=None):
-    """Refuse to go on (and to save) with a loss, or a weight of `model`, that is not finite."""
+    """Raise UserError where the loss, or a weight of `model`, is not finite, before it is saved."""
     if not math.isfinite(loss):
         raise UserError(f"the loss became {loss} in epoch {epoch}, expected a finite one: {ADVICE}")
     if model is not None and not torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
@@ -103,9 +103,10 @@ def check_finite(loss, epoch, model=None):
 
 @torch.inference_mode()
 def predict(network, inputs, run, batch_size=EVAL_BATCH):
-    """Outputs of `network` in eval mode, float32 (N, ...) on the device, for images or features of all processes.
+    """Outputs of `network` in eval mode for images or features: float32 (N, ...) on the device.
 
-    uint8 images (N, 3, H, W) become floats in [0, 1], resized to --input_size where theirs is another.
+    The processes share the work, and each gets all outputs. uint8 images (N, 3, H, W) become floats in [0, 1] and are
+    resized to --input_size.
 
     Raises:
         UserError: an output is not finite.
@@ -135,14 +136,14 @@ def predict(network, inputs, run, batch_size=EVAL_BATCH):
 
 
 def evaluate(logits, test_set, train_set, counts, tau, run):
-    """Print the figures of a classifier's test logits (N, C) in the lines that users of the published code know.
+    """Print the accuracy of a classifier's test logits (N, C), in the lines that the published code prints.
 
     Args:
-        counts: images of each class that it was trained on, (C,).
-        tau: strength of the logit adjustment that a further line is printed for; 0 for none.
+        counts: (C,) images that it was trained on, per class.
+        tau: strength of the logit adjustment, for which another line is printed; 0 for none.
 
     Returns:
-        dict for log.txt: those of `classification_metrics` as `test_...`, of adjusted logits as `test_adjusted_...`.
+        dict for log.txt: the figures of `classification_metrics` as `test_...`, and `test_adjusted_...`.
     """
     labels, shots = torch.tensor(test_set.targets), (train_set.class_counts, train_set.shot_thresholds)
     logits = logits.cpu()

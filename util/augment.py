@@ -4,8 +4,8 @@
     views = augment(images, torch.Generator().manual_seed(0))  # uint8 (N, 3, H, W) -> float32 (N, 3, 32, 32)
 
 Each image has its own random parameters, distributed as those of torchvision's RandomResizedCrop, RandomHorizontalFlip,
-ColorJitter (parts in random order), RandomGrayscale and GaussianBlur. They are drawn on the CPU: every device then
-gives the same views, and the images that a step concerns are known without waiting for the device.
+ColorJitter (parts in random order), RandomGrayscale and GaussianBlur. They are drawn on the CPU. So every device gives
+the same views, and nothing waits for the device to learn which images a step changes.
 """
 
 import math

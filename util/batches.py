@@ -1,4 +1,4 @@
-"""Batches of augmented images from a data set that lies on the device as a whole, for one process or many."""
+"""Batches of augmented images. The whole data set lies on the device and is augmented there."""
 import math
 
 import numpy as np
@@ -34,16 +34,16 @@ def split_epoch(num_images, batch_size, drop_last=False):
 
 
 class DeviceLoader:
-    """Like a DataLoader over images that lie on the device, augmented there; all that is random follows from `seed`.
+    """Like a DataLoader, for images that lie on the device and are augmented there. Every random choice follows `seed`.
 
     Args:
         images, labels: of `to_device`.
         augment: SimCLRAugment.
-        processes: Processes; each gets its share of every batch.
+        processes: Processes. Each gets its share of every batch.
         batch_size: images per process and step.
-        seed: with epoch, step and process it determines order and augmentation.
+        seed: determines order and augmentation, together with epoch, step and process.
         num_views: views of each image.
-        drop_last: leave an epoch's incomplete last batch out.
+        drop_last: leave out an incomplete last batch.
     """
 
     def __init__(self, images, labels, augment, processes, batch_size, seed, num_views=1, drop_last=False):

@@ -41,7 +41,7 @@ def save_checkpoint(state, path):
 
 
 def load_checkpoint(path, flag="--resume"):
-    """Read a checkpoint of this project or of the paper's authors on the CPU, in the names of this project.
+    """Read a checkpoint of this project or of the paper's authors to the CPU. Weights get this project's names.
 
     Returns:
         dict with at least `model` (names of `models`, timm's inside `enc.`) and `args` (dict, may be empty).
@@ -117,9 +117,9 @@ def load_encoder(encoder, checkpoint, source):
 
 
 def restore_optimizer(optimizer, checkpoint, source):
-    """Load the moments of a checkpoint; learning rate and weight decay stay what the flags say.
+    """Load AdamW's moments. Learning rate and weight decay stay what the flags say.
 
-    Moments of other parameters are left out, and that is said.
+    Moments that belong to other parameters are left out, and a line says so.
     """
     groups = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -137,7 +137,7 @@ def numbered_checkpoints(folder):
 
 
 def load_newest(paths):
-    """The newest loadable checkpoint among `paths` as (path, checkpoint), or (None, None); damaged ones are named."""
+    """The newest of `paths` that loads, as (path, checkpoint), or (None, None). Damaged ones are named and passed."""
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             return path, load_checkpoint(path)

@@ -66,8 +66,8 @@ def _diagonal_plus_rank_one(log_p, kernel):
 def _tilt(d, k):
     """t > 0 such that the q_i = t d_i / (1 + t d_i) sum to nearly k; needs 0 < k < N.
 
-    Starts at a lower bound (Jensen). A step is exact where all d_i are equal and else falls short, so t only rises. The
-    kernels here take fewer than 10 steps; any t keeps the results right, so the bound on their number is safe.
+    It starts at a lower bound (Jensen). A step is exact where all d_i are equal and otherwise too short: t only rises.
+    The kernels here take fewer than 10 steps. Any t keeps the results right, so the bound on the steps is safe.
     """
     n, t = len(d), k / ((len(d) - k) * d.mean())
     for _ in range(50):
@@ -114,9 +114,9 @@ def sample_k_dpp(log_p, k, rng, kernel="paper"):
 def inclusion_probabilities(log_p, k, kernel="paper"):
     """Exact P(i in Y) of the k-DPP: (N,) float64 in [0, 1], summing to k. Arguments and errors: `sample_k_dpp`.
 
-    By the last formula of the module's docstring. An even number of points could hit the pole of r_i at q_i = 1/2.
-    Their number puts the aliases k +- points, and the last angle the part of the circle left out, below 1e-19
-    (Bernstein's inequality; |phi| <= exp(-var (1 - cos))).
+    By the last formula of the module's docstring. The number of points is odd, since an even one could hit the pole of
+    r_i at q_i = 1/2. It is large enough for an error below 1e-19, of the aliases k +- points and of the angles that are
+    left out (Bernstein's inequality; |phi| <= exp(-var (1 - cos))).
     """
     log_p = _check(log_p, k, kernel)
     n = len(log_p)
@@ -180,12 +180,12 @@ def true_label_log_probabilities(logits, labels):
 
 
 def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="paper", mcmc_steps=1000):
-    """Cut every class of more than `num_samples` images to that number, the others stay whole (paper, section 5).
+    """Cut every class of more than `num_samples` images to that number; the others stay whole (paper, section 5).
 
     Args:
         log_p: (N,) log probabilities of the true labels; of the uniform sampler, any (N,).
         targets: N integer labels.
-        seed: (seed, redraw), two integers >= 0. With the class they determine its draw, whatever was drawn before.
+        seed: (seed, redraw), two integers >= 0. Together with the class they determine its draw.
         sampler: "exact" (`sample_k_dpp`), "mcmc" (`exchange_chain`) or "uniform" (plain random undersampling).
         kernel, mcmc_steps: of the k-DPP, and of the chain.
 

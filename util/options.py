@@ -1,4 +1,4 @@
-"""The command line: every flag with its help. Each entry script chooses groups of them and holds their defaults."""
+"""The command line: every flag with its help. Each script chooses groups of flags and sets their defaults."""
 import argparse
 import math
 import os
@@ -75,7 +75,7 @@ GROUPS = {
         "--lr": dict(type=POSITIVE, help="learning rate; unset, --blr * effective batch / 256"),
         "--blr": dict(type=POSITIVE, help="learning rate per 256 images of a batch"),
         "--min_lr": dict(type=NOT_NEGATIVE, help="learning rate at the end"),
-        "--warmup_epochs": dict(type=AT_LEAST_0, help="epochs of linear warm-up; in a run that is not longer, a fifth"),
+        "--warmup_epochs": dict(type=AT_LEAST_0, help="epochs of linear warm-up; a fifth of --epochs if not below it"),
         "--amp": dict(choices=["auto", "bfloat16", "float16", "none"], help="precision of the encoder; auto: bfloat16 "
                       "where the hardware has it; none: float32 throughout"),
         "--seed": dict(type=SEED, help="of everything that is random"),
@@ -85,8 +85,8 @@ GROUPS = {
                          "another, whose encoder to start from; auto: the newest of --output_dir, if there is one "
                          "(auto FILE: else FILE)"),
         "--start_epoch": dict(type=AT_LEAST_0, help="first epoch; unset, the one after the checkpoint's"),
-        "--eval": dict(type=PATH, metavar="FILE", help="evaluate this checkpoint and stop; its data, model and draws "
-                       "are those that it was trained with, unless a flag says otherwise"),
+        "--eval": dict(type=PATH, metavar="FILE", help="evaluate this checkpoint and stop. Data, model and draws are "
+                       "those that it was trained with, unless you give a flag"),
         "--eval_freq": dict(type=AT_LEAST_1, help="epochs between evaluations on the test set"),
         "--output_dir": dict(type=PATH, help="folder for checkpoints and log.txt"),
         "--log_dir": dict(type=PATH, help="folder for TensorBoard; unset, --output_dir"),
@@ -102,7 +102,7 @@ RUN_FLAGS = {name for names in GROUPS["run"] for name in names.replace("--", "")
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of `groups` (titles in GROUPS), by an argparse that knows no abbreviations and ends in one line."""
+    """Parses the flags of `groups` (titles in GROUPS). It takes no abbreviations, and an error is one line."""
 
     def __init__(self, description, groups):
         super().__init__(description=description, allow_abbrev=False, formatter_class=Formatter)

@@ -1,4 +1,4 @@
-"""The output folder of a run: claimed and locked before training, then filled with checkpoints; few are kept."""
+"""The output folder of a run: checked and locked before training, then filled with checkpoints."""
 import fcntl
 import os
 import shutil
@@ -36,12 +36,12 @@ class OutputFolder:
         return [path for path in named if path.exists()] + numbered_checkpoints(self.path)
 
     def claim(self, source, continues, auto, overwrite):
-        """Make the folder ready and lock it until `release`, or until the process ends, however that happens.
+        """Make the folder ready, and lock it until `release` or the end of the process.
 
         Args:
             source: resolved path of the checkpoint that the run starts from, or None.
-            continues: whether that is one of the same stage.
-            auto: whether the run may take up whatever of its own lies in the folder.
+            continues: whether that is a checkpoint of the same stage.
+            auto: whether the run continues whatever run lies in the folder.
 
         Raises:
             UserError: it cannot be written, is in use, or holds another run and neither `continues` nor `overwrite`
@@ -78,7 +78,7 @@ class OutputFolder:
             nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
             if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
                 raise _unwritable(flag, folder)
-        # In a run's own folder, curves of another name are its own, of before the folder was moved.
+        # Curves of another name in a run's own folder are its own, from before the folder was moved.
         if self.log_dir.resolve() != self.path.resolve() or not self._traces():
             for path in self.log_dir.glob("events.out.tfevents.*"):
                 if not path.name.endswith(self.suffix):
@@ -115,7 +115,7 @@ class OutputFolder:
             self._lock = None
 
     def _delete_earlier(self):
-        """Delete what an earlier run left in the folder, and of a --log_dir elsewhere what is this folder's."""
+        """Delete the earlier run in this folder, and its files in a --log_dir elsewhere."""
         for path in [*self._traces(), self.final]:
             path.unlink(missing_ok=True)
         alone = self.log_dir.resolve() == self.path.resolve()
@@ -126,7 +126,7 @@ class OutputFolder:
             shutil.rmtree(embedding)
 
     def prune(self):
-        """Delete the latest checkpoint, which a numbered one has followed, and all but the newest numbered ones."""
+        """After a numbered checkpoint: delete the latest one, which is older, and all but the newest numbered ones."""
         (self.path / LATEST).unlink(missing_ok=True)
         if self.keep:
             for old in numbered_checkpoints(self.path)[:-self.keep]:

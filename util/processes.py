@@ -1,4 +1,4 @@
-"""One process or many (torchrun, SLURM): who this one is, its heap, and the few exchanges that the stages need."""
+"""One process or several (torchrun, SLURM): which one this is, its device, and the exchanges that the stages need."""
 import ctypes
 import os
 import platform
@@ -33,9 +33,9 @@ class Processes:
         started = init_distributed_device_so(f"{kind}:{index}" if index else kind)
         self.device = torch.device(started["device"])
         self.rank, self.world_size = started["global_rank"], started["world_size"]
-        # DDP must not be the last to let go of its group: PyTorch would free it while it holds a lock, and might hang.
+        # Keep the group alive: if DDP were the last to hold it, PyTorch would free it under a lock and might hang.
         self._group = dist.group.WORLD if self.world_size > 1 else None
-        # Small exchanges between the hosts go around the GPUs, which they would otherwise have to wait for.
+        # Small exchanges use the CPUs, so that they need not wait for the GPUs.
         self._hosts = dist.new_group(backend="gloo") if self.world_size > 1 else None
 
     @property
@@ -82,10 +82,10 @@ class Processes:
 
 
 def keep_freed_memory():
-    """Have freed memory kept for this process, and not given back to the system, where the C library is glibc.
+    """Let this process keep the memory that it frees, instead of returning it to the system (with glibc only).
 
-    A training step on the CPU frees what the next one allocates again, gigabytes of activations, and the system zeroes
-    each page anew: measured on two cores, nearly a third of a step of stage 1 at batch 512.
+    On the CPU, each training step frees gigabytes of activations, and the next step allocates them again. The system
+    would zero every page anew, which took nearly a third of a step of stage 1 at batch 512, measured on two cores.
     """
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # glibc's malloc.h: M_TRIM_THRESHOLD, where -1 means never, and M_MMAP_MAX

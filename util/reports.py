@@ -1,4 +1,4 @@
-"""What a run tells: progress on the console, a JSON object per epoch in log.txt, curves and pictures in TensorBoard."""
+"""What a run reports: progress on the console, an object per epoch in log.txt, curves and pictures in TensorBoard."""
 import json
 import shutil
 import sys
@@ -16,7 +16,7 @@ from util.figures import accuracy_bars, confusion_heatmap
 from util.ip_dpp import inclusion_probabilities
 from util.metrics import confusion_matrix
 
-EPOCH_END = 0.999  # where an epoch's results are plotted; a run resumed at the next one takes back what lies at 1
+EPOCH_END = 0.999  # of an epoch: where its results are plotted. A run resumed at the next epoch drops points from 1 on
 PROJECTED = 1000  # test images in the embedding projector
 SHOWN_CLASSES = 5  # largest classes whose draws are logged
 TAGS = {"test_acc1": "test/acc1", "test_acc5": "test/acc5", "test_loss": "test/loss",
@@ -28,12 +28,12 @@ TAGS = {"test_acc1": "test/acc1", "test_acc5": "test/acc5", "test_loss": "test/l
 
 
 class Progress:
-    """A line about work under way, with the time left: rewritten in a terminal, printed now and then into a file.
+    """The progress line, with the time left: rewritten in place in a terminal, printed every 15 s into a file.
 
     Args:
-        total: steps of the whole work.
-        done: steps done before, by an earlier part of a resumed run.
-        quiet: say nothing (every process but the first).
+        total: steps of the whole run.
+        done: steps that were done before this process began.
+        quiet: print nothing (every process but the first).
     """
 
     def __init__(self, total, done=0, quiet=False):
@@ -43,7 +43,7 @@ class Progress:
         self.start = self.shown = time.monotonic()
 
     def due(self):
-        """Count one step; whether it is time to `show` something."""
+        """Count one step. Returns whether it is time to `show` something."""
         self.done += 1
         return not self.quiet and time.monotonic() - self.shown >= self.interval
 
@@ -66,12 +66,11 @@ class Progress:
 
 
 class RunLog:
-    """log.txt in `output_dir` and TensorBoard events in `log_dir`; with `quiet`, neither.
+    """Writes log.txt in `output_dir` and TensorBoard events in `log_dir`; with `quiet`, neither.
 
     Args:
         suffix: ends the names of this run's event files.
-        start: epoch at which this run begins; what TensorBoard holds from there on, of an earlier part that was
-            interrupted, is taken back.
+        start: first epoch. TensorBoard drops points from there on, which an interrupted part of the run has left.
     """
 
     def __init__(self, output_dir, log_dir, suffix="", start=0, quiet=False):
@@ -82,12 +81,12 @@ class RunLog:
 
     @staticmethod
     def x(epoch):
-        """TensorBoard's x axis: thousandths of an epoch, so that runs of any batch size compare (as in MAE)."""
+        """TensorBoard's x axis: thousandths of an epoch, the same for every batch size (as in MAE)."""
         return round(epoch * 1000)
 
     @contextmanager
     def _tolerant(self, what):
-        """A log that cannot be written never ends a training."""
+        """Go on training where a log cannot be written."""
         try:
             yield
         except OSError as error:
@@ -103,7 +102,7 @@ class RunLog:
                 write_atomically(self.path, text.encode())
 
     def scalars(self, values, epoch):
-        """Plot `values` (dict from tag to float or None, which is left out) at `epoch`, which may be fractional."""
+        """Plot `values` (dict from tag to float; None is left out) at `epoch`, which may be fractional."""
         with self._tolerant("TensorBoard"):
             for tag, value in values.items():
                 if self.writer and value is not None:
@@ -116,7 +115,7 @@ class RunLog:
                 self.scalars({tag: value}, epoch + (i + 0.5) / len(values))
 
     def results(self, stats, epoch):
-        """Plot the figures of an epoch that have a tag in TAGS, and make all written so far visible."""
+        """Plot those figures of an epoch that have a tag in TAGS, and flush all that was written."""
         self.scalars({TAGS[name]: value for name, value in stats.items() if name in TAGS}, epoch + EPOCH_END)
         with self._tolerant("TensorBoard"):
             if self.writer:
@@ -130,7 +129,7 @@ class RunLog:
                 add(tag, image, self.x(epoch))
 
     def embedding(self, features, metadata, header, thumbnails, epoch):
-        """Fill the projector with `features` (float (N, D)), in units of their deviation.
+        """Show `features` (float (N, D)) in TensorBoard's projector, divided by their standard deviation.
 
         thumbnails: uint8 (N, 3, H, W). metadata: N lists of as many values as `header` has names.
         """
@@ -140,7 +139,7 @@ class RunLog:
                 self.writer.add_embedding(features, metadata, thumbnails / 255, epoch, "test_features", header)
 
     def close(self, flags=None):
-        """Close TensorBoard's file; of a run that is over, make `flags` (dict) its row in the HPARAMS table."""
+        """Close TensorBoard's file. `flags` (dict), if given, become the run's row of the HPARAMS table."""
         with self._tolerant("TensorBoard"):
             if self.writer and flags:
                 values = {name: value if isinstance(value, int | float) else str(value)
@@ -153,16 +152,17 @@ class RunLog:
 
 
 def describe_draw(log, epoch, log_p, logits, train_set, subset, previous, kernel):
-    """Show in TensorBoard what was drawn of the largest classes.
+    """Show in TensorBoard which images of the largest classes were drawn.
 
     Args:
         log_p, logits: of all training images, (N,) in NumPy and (N, C), by the model that the draw was made with.
-        subset, previous: int64 tensors of what was drawn now and, or None, before.
+        subset: int64 tensor, the indices drawn now.
+        previous: those drawn before, or None.
         kernel: of the k-DPP, for its inclusion probabilities; None where the draw was uniform.
 
     Returns:
-        dict for log.txt: `drawn`, a list with a dict of each of these classes. A margin is the true label's logit minus
-        the largest other, below 0 where the classifier is wrong.
+        dict for log.txt: `drawn`, a list with one dict per class. A margin is the logit of the true label minus the
+        largest other logit. It is below 0 where the classifier is wrong.
     """
     targets, subset = np.asarray(train_set.targets), subset.numpy()
     labels = torch.tensor(train_set.targets, device=logits.device)[:, None]
@@ -193,7 +193,7 @@ def describe_draw(log, epoch, log_p, logits, train_set, subset, previous, kernel
 
 
 def show_predictions(log, epoch, features, logits, test_set, train_set, last):
-    """Show in TensorBoard the accuracy per class and the confusion matrix, and after the `last` epoch the features.
+    """Show accuracy per class and the confusion matrix in TensorBoard, and after the `last` epoch the features too.
 
     features, logits: of the test images, (N, D) and (N, C).
     """
@@ -213,7 +213,7 @@ def show_predictions(log, epoch, features, logits, test_set, train_set, last):
 
 
 def class_balanced(targets, total):
-    """About `total` images with as many of each class: ascending int64 indices into `targets` (N,)."""
+    """About `total` images, equally many of each class: ascending int64 indices into `targets` (N,)."""
     targets = torch.as_tensor(targets)
     per_class = max(1, total // len(targets.unique()))
     return torch.cat([torch.nonzero(targets == c)[:per_class, 0] for c in targets.unique()]).sort().values

@@ -1,4 +1,4 @@
-"""What a run needs besides its recipe: processes, precision, the checkpoint to go on from, logs, folder and signals."""
+"""What a run needs besides its recipe: processes, precision, checkpoints, logs, the output folder and signals."""
 import math
 import os
 import resource
@@ -29,23 +29,25 @@ from util.output_folder import OutputFolder
 from util.processes import Processes, keep_freed_memory
 from util.reports import Progress, RunLog
 
-PICTURES = 10  # evaluations of a run that are shown as pictures, the last one included
-LATEST_EVERY = 60.0  # seconds; epochs of a GPU can be shorter than the writing of their checkpoint
+PICTURES = 10  # evaluations of a run that TensorBoard shows as pictures
+LATEST_EVERY = 60.0  # seconds; on a GPU, an epoch can be shorter than the writing of its checkpoint
 OF_CHECKPOINT = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
 DATA = ("dataset", "toy_data", "imbalanced_factor")
 SAME_RUN = (*DATA, "num_classes", "model", "input_size", "embed_dim")
-PLACES = RUN_FLAGS | {"data_root", "given"}  # may change at any time without a word
+PLACES = RUN_FLAGS | {"data_root", "given"}  # may differ when a run continues, and nothing is said
 OF_DRAW = ("num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed")
 
 
 class Run:
-    """One run of a script: begun, told of the end of each epoch, finished. Attributes that the recipes use:
+    """One run of a script. A recipe calls `begin` before its first epoch, `end_epoch` and, after the last, `finish`.
+
+    Attributes that the recipes use:
 
         args                   the flags
         device, processes      where tensors lie; the processes of the run
         autocast(), scaler     precision of the forward pass; scales the loss of float16
-        start_epoch, subset    where to begin; indices drawn before, or None
-        log, progress          TensorBoard and log.txt; the line about work under way
+        start_epoch, subset    first epoch to train; images drawn before it, or None
+        log, progress          TensorBoard and log.txt; the progress line
 
     Raises:
         UserError: flags that do not go together, or a checkpoint of --eval that cannot be read.
@@ -78,7 +80,7 @@ class Run:
     # ------------------------------------------------------------------------------------------ --eval
 
     def _adopt_flags(self):
-        """What the checkpoint of --eval was trained on and with takes the place of flags that the user did not give."""
+        """Set the flags that the user did not give to what the checkpoint of --eval was trained on and with."""
         args = self.args
         for flag in ("resume", "start_epoch", "overwrite"):
             if flag in args.given:
@@ -103,7 +105,7 @@ class Run:
         """Load the checkpoint of --eval into `model`; refuse one of another stage."""
         source, args = f"--eval {self.args.eval}", self.evaluated["args"]
         stage = stage_of(self.evaluated)
-        # What a file without its stage was trained by is a guess; any with a linear layer will do.
+        # Published files do not say their stage. Any of them that has a linear layer will do.
         if stage != self.args.stage and ("stage" in args or "lin.weight" not in self.evaluated["model"]):
             raise UserError(f"{source} holds {_stage_name(stage)}, expected one of {self.args.stage}")
         load_weights(model, self.evaluated["model"], source)
@@ -129,7 +131,7 @@ class Run:
                             "the run in --output_dir, or to continue it")
 
     def learning_rate(self, steps):
-        """--lr, or --blr per 256 images of an update; no update has more steps than the `steps` of an epoch."""
+        """--lr, or --blr per 256 images of an update. An update never has more steps than an epoch, `steps`."""
         args = self.args
         update = args.batch_size * self.processes.world_size * min(args.accum_iter, steps)
         lr = args.lr or args.blr * update / 256
@@ -145,8 +147,8 @@ class Run:
         """Load what --resume names, claim the output folder, open the logs. Returns the network to train.
 
         Args:
-            model: with the encoder `enc`; loaded in place.
-            steps: of an epoch.
+            model: has the encoder `enc`. Its weights are loaded in place.
+            steps: batches of an epoch.
         """
         args, first = self.args, self.processes.first
         self.model, self.optimizer = model, optimizer
@@ -182,7 +184,7 @@ class Run:
         if self.processes.world_size > 1:
             network = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
         self._no_sync = network.no_sync if self.processes.world_size > 1 else nullcontext
-        # A graph for each batch size: with dynamic shapes, the last, smaller batch would slow down all after it.
+        # One graph for each batch size. With dynamic shapes, the smaller last batch would slow down all later ones.
         return torch.compile(network, dynamic=False) if args.compile else network
 
     def _find_checkpoint(self):
@@ -206,7 +208,7 @@ class Run:
         return path, stage_of(checkpoint) if path else None
 
     def _continue(self, checkpoint, path):
-        """Take up the run of a checkpoint; refuse other data or another model, say aloud what else has changed."""
+        """Continue the run of a checkpoint. Refuse other data or another model; say which other flags changed."""
         args, before, source = self.args, checkpoint["args"], f"--resume {path}"
         if checkpoint.get("partial"):
             raise UserError(f"{source} was saved amid an epoch by an earlier version, expected one saved after an "
@@ -232,7 +234,7 @@ class Run:
     # ------------------------------------------------------------------------------------------ epochs
 
     def sync_gradients(self, last_step):
-        """A context for forward and backward: processes exchange gradients in the `last_step` of an update only."""
+        """Context for a forward and backward pass: gradients are exchanged only in the `last_step` of an update."""
         return nullcontext() if last_step else self._no_sync()
 
     def evaluates(self, epoch):
@@ -242,9 +244,9 @@ class Run:
         return (self.args.epochs - 1 - epoch) % math.ceil(self.args.epochs / PICTURES) == 0
 
     def end_epoch(self, epoch, stats, subset=None):
-        """Log `stats` (dict of figures), save a checkpoint, and leave if a signal came.
+        """Log `stats` (dict of figures), save a checkpoint, and stop if a signal came.
 
-        subset: int64 indices drawn, kept in the checkpoint.
+        subset: int64 indices of the images drawn, for the checkpoint.
 
         Raises:
             SystemExit: after SIGTERM, Ctrl-C or SIGHUP in any process, once the epoch is saved.
@@ -271,7 +273,7 @@ class Run:
         flags = {name: value for name, value in vars(self.args).items() if name != "given"}
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": epoch,
                  "scaler": self.scaler.state_dict(), "args": flags, "history": self.history, "subset": self.subset}
-        names = [self.folder.final.name] if last else []  # first: a run that is over has its final file
+        names = [self.folder.final.name] if last else []  # first, so that a run that is over has its final file
         names.append(f"checkpoint-{epoch}.pth" if numbered else LATEST)
         for name in names:
             path = self.folder.path / name
@@ -294,7 +296,7 @@ class Run:
         self.processes.end()
 
     def finish(self):
-        """Say what the run reached, where its files lie and what to run next. Returns its epochs, a list of dicts."""
+        """Print what the run reached, where its files are and what to run next. Returns a list of dicts, its log."""
         args, final = self.args, self.folder.final
         if self.start_epoch >= args.epochs:
             self.say(f"nothing left to train: {self.start_epoch} of {args.epochs} epochs were done before")
@@ -336,17 +338,17 @@ def amp_dtype(name, device):
 
 
 def peak_memory(device):
-    """Most memory in use so far, in GiB: of the device, or of the process where that is the CPU."""
+    """The most memory used so far, in GiB: of the CUDA device, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C and the closing of the terminal as a request: the first sets `signum`, and the epoch goes on.
+    """Notes SIGTERM, Ctrl-C and the closing of the terminal in `signum`, so that the epoch under way can end first.
 
-    A second one, a second or more later, ends the process at once. (A terminal and torchrun both send theirs, so what
-    comes within a second counts as one.) `restore` brings back what was before.
+    Another signal, a second or more later, ends the process at once. (Ctrl-C under torchrun arrives twice, from the
+    terminal and from torchrun, so signals within a second count as one.) `restore` undoes this.
     """
 
     def __init__(self):
@@ -367,7 +369,7 @@ class StopSignal:
         if self.signum is None:
             self.signum, self.came_at = signum, time.monotonic()
             name = signal.Signals(signum).name
-            try:  # not `print`, which fails where the signal comes amid another print
+            try:  # not `print`, which fails where it interrupts another print
                 os.write(1, f"\n{name}: stopping after this epoch (once more: at once)\n".encode())
             except OSError:  # the terminal is gone, and every later print would fail
                 nowhere = os.open(os.devnull, os.O_WRONLY)
