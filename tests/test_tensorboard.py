@@ -16,7 +16,7 @@ import main_cifar10_finetune_ipdpp
 import main_cifar10_lineprob_bns
 import main_cifar10_pretrain_bns
 from util.figures import accuracy_bars, confusion_heatmap
-from util.reports import class_balanced
+from util.reports import RunLog, class_balanced
 from util.toy_data import ToyCIFAR
 
 pytestmark = pytest.mark.slow
@@ -199,3 +199,12 @@ def test_class_balanced_takes_as_many_of_each_class():
     chosen = class_balanced(targets, 7)
     assert targets[chosen].bincount().tolist() == [2, 2, 2]
     assert chosen.tolist() == sorted(chosen.tolist())
+
+
+def test_logs_that_cannot_be_written_end_no_training(tmp_path, capsys):
+    log = RunLog(tmp_path / "gone", tmp_path / "events")  # no such folder for log.txt
+    log.write_history([{"epoch": 0}])
+    log.results({"test_acc1": 50.0}, 0)
+    log.close()
+    error = capsys.readouterr().err
+    assert error.startswith("could not write the logs: ") and error.count("\n") == 1

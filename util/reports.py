@@ -1,9 +1,9 @@
 """What a run reports: progress on the console, an object per epoch in log.txt, curves and pictures in TensorBoard."""
+import functools
 import json
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
@@ -65,8 +65,23 @@ class Progress:
         print(line, end="" if self.terminal and passing else "\n", flush=True)
 
 
+def tolerant(write):
+    """Decorates a method that writes: the first process alone writes, and training goes on where it cannot."""
+    @functools.wraps(write)
+    def write_or_give_up(self, *args):
+        try:
+            if not self.quiet:
+                write(self, *args)
+        except OSError as error:
+            print(f"could not write the logs: {error}; training goes on without them", file=sys.stderr, flush=True)
+            self.quiet = True
+    return write_or_give_up
+
+
 class RunLog:
     """Writes log.txt in `output_dir` and TensorBoard events in `log_dir`; with `quiet`, neither.
+
+    TensorBoard's x axis is in thousandths of an epoch, the same for every batch size (as in MAE).
 
     Args:
         suffix: ends the names of this run's event files.
@@ -74,39 +89,25 @@ class RunLog:
     """
 
     def __init__(self, output_dir, log_dir, suffix="", start=0, quiet=False):
-        self.path, self.quiet, self.writer = output_dir / "log.txt", quiet, None
-        if not quiet:
-            with self._tolerant("TensorBoard"):
-                self.writer = SummaryWriter(str(log_dir), purge_step=self.x(start), filename_suffix=suffix)
+        self.path, self.quiet = output_dir / "log.txt", quiet
+        self._open(log_dir, suffix, start)
 
-    @staticmethod
-    def x(epoch):
-        """TensorBoard's x axis: thousandths of an epoch, the same for every batch size (as in MAE)."""
-        return round(epoch * 1000)
+    @tolerant
+    def _open(self, log_dir, suffix, start):
+        self.writer = SummaryWriter(str(log_dir), purge_step=1000 * start, filename_suffix=suffix)
 
-    @contextmanager
-    def _tolerant(self, what):
-        """Go on training where a log cannot be written."""
-        try:
-            yield
-        except OSError as error:
-            print(f"could not write {what}: {error}; training goes on without it", file=sys.stderr, flush=True)
-            if what == "TensorBoard":
-                self.writer = None
-
+    @tolerant
     def write_history(self, history):
         """Make log.txt hold exactly the epochs of `history` (list of dicts)."""
-        if not self.quiet:
-            text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history)
-            with self._tolerant("log.txt"):
-                write_atomically(self.path, text.encode())
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history)
+        write_atomically(self.path, text.encode())
 
+    @tolerant
     def scalars(self, values, epoch):
         """Plot `values` (dict from tag to float; None is left out) at `epoch`, which may be fractional."""
-        with self._tolerant("TensorBoard"):
-            for tag, value in values.items():
-                if self.writer and value is not None:
-                    self.writer.add_scalar(tag, value, self.x(epoch))
+        for tag, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(tag, value, round(1000 * epoch))
 
     def steps(self, curves, epoch):
         """Plot `curves` (dict from tag to tensor (steps,)) over the epoch."""
@@ -114,41 +115,36 @@ class RunLog:
             for i, value in enumerate(values.tolist()):
                 self.scalars({tag: value}, epoch + (i + 0.5) / len(values))
 
+    @tolerant
     def results(self, stats, epoch):
         """Plot those figures of an epoch that have a tag in TAGS, and flush all that was written."""
         self.scalars({TAGS[name]: value for name, value in stats.items() if name in TAGS}, epoch + EPOCH_END)
-        with self._tolerant("TensorBoard"):
-            if self.writer:
-                self.writer.flush()
+        self.writer.flush()
 
+    @tolerant
     def image(self, tag, image, epoch):
         """Show `image` at `epoch`: (3, H, W), or (N, 3, H, W) as a sheet; uint8, or float in [0, 1]."""
-        with self._tolerant("TensorBoard"):
-            if self.writer:
-                add = self.writer.add_image if image.ndim == 3 else self.writer.add_images
-                add(tag, image, self.x(epoch))
+        add = self.writer.add_image if image.ndim == 3 else self.writer.add_images
+        add(tag, image, round(1000 * epoch))
 
+    @tolerant
     def embedding(self, features, metadata, header, thumbnails, epoch):
         """Show `features` (float (N, D)) in TensorBoard's projector, divided by their standard deviation.
 
         thumbnails: uint8 (N, 3, H, W). metadata: N lists of as many values as `header` has names.
         """
         features = (features.double() / features.std()).round(decimals=3)  # more digits would only make a larger file
-        with self._tolerant("TensorBoard"):
-            if self.writer:
-                self.writer.add_embedding(features, metadata, thumbnails / 255, epoch, "test_features", header)
+        self.writer.add_embedding(features, metadata, thumbnails / 255, epoch, "test_features", header)
 
+    @tolerant
     def close(self, flags=None):
         """Close TensorBoard's file. `flags` (dict), if given, become the run's row of the HPARAMS table."""
-        with self._tolerant("TensorBoard"):
-            if self.writer and flags:
-                values = {name: value if isinstance(value, int | float) else str(value)
-                          for name, value in flags.items()}
-                # Without the first of the three summaries: TensorBoard would take one stage's columns for all stages'.
-                for summary in hparams(values, {})[1:]:
-                    self.writer.file_writer.add_summary(summary)
-            if self.writer:
-                self.writer.close()
+        if flags:
+            values = {name: value if isinstance(value, int | float) else str(value) for name, value in flags.items()}
+            # Without the first of the three summaries: TensorBoard would take one stage's columns for all stages'.
+            for summary in hparams(values, {})[1:]:
+                self.writer.file_writer.add_summary(summary)
+        self.writer.close()
 
 
 def describe_draw(log, epoch, log_p, logits, train_set, subset, previous, kernel):
