@@ -14,7 +14,7 @@ from util.run import peak_memory
 from util.toy_data import ToyCIFAR
 
 GROUPS = ("many", "medium", "few")
-EVAL_BATCH = 500  # whatever --batch_size is, so that the same weights always give the same figures
+EVAL_BATCH = 500  # fixed, so that results do not depend on --batch_size
 ADVICE = "lower --lr or --blr, or try --amp none; checkpoints written before are as they were"
 
 
@@ -38,7 +38,7 @@ def load_data(run):
 
 
 def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run):
-    """Train on the batches of an epoch. Only a progress line and the end of the epoch wait for the device.
+    """Train on the batches of an epoch. Only a progress line and the end of the epoch wait for the GPU.
 
     Args:
         network: called with all views of a step.
@@ -55,46 +55,47 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
     network.train()
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     losses, rates, norms = [], [], []
-    steps, accum_iter, images, began = len(batches), run.args.accum_iter, 0, time.monotonic()
+    steps, accum_iter, num_images, began = len(batches), run.args.accum_iter, 0, time.monotonic()
     for step, (views, labels) in enumerate(batches):
-        update, part = divmod(step, accum_iter)
-        parts = min(accum_iter, steps - update * accum_iter)  # steps that make this update
-        if part == 0:
-            scheduler.step_update(epoch * run.updates(steps) + update)
+        update, step_in_update = divmod(step, accum_iter)
+        steps_in_update = min(accum_iter, steps - update * accum_iter)
+        updates_now = step_in_update + 1 == steps_in_update
+        if step_in_update == 0:
+            scheduler.step_update(epoch * run.updates_per_epoch(steps) + update)
             optimizer.zero_grad(set_to_none=True)
-        with run.sync_gradients(part + 1 == parts):
+        with run.sync_gradients(updates_now):
             with run.autocast():
                 outputs = network(*views)
             loss = criterion(*outputs, labels) if isinstance(outputs, tuple) else criterion(outputs, labels)
-            run.scaler.scale(loss / parts).backward()
+            run.scaler.scale(loss / steps_in_update).backward()
         losses.append(loss.detach())
-        images += len(labels)
+        num_images += len(labels)
         if run.progress.due():
             if run.processes.world_size == 1:  # several processes find out together, after the epoch
                 check_finite(loss.item(), epoch)
             run.progress.show(f"epoch {epoch}  step {step + 1}/{steps}  loss {loss.item():.4f}")
-        if part + 1 == parts:
+        if updates_now:
             run.scaler.unscale_(optimizer)
-            norms.append(get_total_norm([parameter.grad for parameter in parameters]))
-            rates.append(torch.full((), optimizer.param_groups[0]["lr"]))
+            norms.append(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+            rates.append(optimizer.param_groups[0]["lr"])
             run.scaler.step(optimizer)
             run.scaler.update()
     if run.processes.world_size > 1:  # all take the first process's batch-norm statistics, which are those saved
         distribute_bn(run.model, run.processes.world_size)
-    curves = {"train_loss": run.processes.mean(torch.stack(losses)), "lr": torch.stack(rates),
-              "train/gradient_norm": run.processes.mean(torch.stack(norms))}
-    train_loss, lr = curves["train_loss"].double().mean().item(), optimizer.param_groups[0]["lr"]
+    curves = {"train_loss": run.processes.mean(torch.stack(losses)), "lr": torch.tensor(rates),
+              "train/gradient_norm": torch.stack(norms)}  # of the mean gradient, the same in all processes
+    train_loss = curves["train_loss"].double().mean().item()
     check_finite(train_loss, epoch, run.model)
-    images *= run.processes.world_size
-    speed = images / (time.monotonic() - began)
+    num_images *= run.processes.world_size
+    speed = num_images / (time.monotonic() - began)
     run.log.steps(curves, epoch)
     run.log.results({"images_per_second": speed, "peak_memory_gib": peak_memory(run.device)}, epoch)
-    run.progress.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {lr:.6f}  {speed:,.0f} images/s")
-    return {"train_loss": train_loss, "train_lr": lr, "train_images": images}
+    run.progress.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {rates[-1]:.6f}  {speed:,.0f} images/s")
+    return {"train_loss": train_loss, "train_lr": rates[-1], "train_images": num_images}
 
 
 def check_finite(loss, epoch, model=None):
-    """Raise UserError where the loss, or a weight of `model`, is not finite, before it is saved."""
+    """Raise UserError if the loss, or a weight of `model`, is not finite. Called before saving."""
     if not math.isfinite(loss):
         raise UserError(f"the loss became {loss} in epoch {epoch}, expected a finite one: {ADVICE}")
     if model is not None and not torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
@@ -114,8 +115,8 @@ def predict(network, inputs, run, batch_size=EVAL_BATCH):
     network.eval()
     outputs, processes, size = None, run.processes, run.args.input_size
     for number, start in enumerate(range(0, len(inputs), batch_size)):
-        mine = number % processes.world_size == processes.rank
-        if not mine and outputs is not None:
+        is_mine = number % processes.world_size == processes.rank
+        if not is_mine and outputs is not None:
             continue
         batch = inputs[start:start + batch_size]
         if batch.dtype == torch.uint8:
@@ -126,7 +127,7 @@ def predict(network, inputs, run, batch_size=EVAL_BATCH):
             output = network(batch).float()
         if outputs is None:
             outputs = output.new_zeros(len(inputs), *output.shape[1:])
-        if mine:
+        if is_mine:
             outputs[start:start + batch_size] = output
     outputs = processes.sum(outputs)
     if not outputs.isfinite().all():
@@ -136,7 +137,7 @@ def predict(network, inputs, run, batch_size=EVAL_BATCH):
 
 
 def evaluate(logits, test_set, train_set, counts, tau, run):
-    """Print the accuracy of a classifier's test logits (N, C), in the lines that the published code prints.
+    """Print the accuracy of a classifier's test logits (N, C), in the format of the published code.
 
     Args:
         counts: (C,) images that it was trained on, per class.
@@ -150,11 +151,11 @@ def evaluate(logits, test_set, train_set, counts, tau, run):
     metrics = classification_metrics(logits, labels, *shots)
     run.say(f"* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
     run.say(f"Accuracy of the network on the {len(labels)} test images: {metrics['acc1']:.1f}%")
-    run.say("* " + " ".join(f"{name}-Shot Acc@1 {fraction}" for name, fraction in shot_fractions(metrics)))
+    run.say("* " + " ".join(f"{name}-Shot Acc@1 {fraction}" for name, fraction in shot_texts(metrics)))
     stats = {f"test_{name}": value for name, value in metrics.items()}
     if tau:
         adjusted = classification_metrics(adjust_logits(logits, counts, tau), labels, *shots)
-        run.say(one_line(f"* logit-adjusted (tau {tau:g}):", adjusted))
+        run.say(accuracy_line(f"* logit-adjusted (tau {tau:g}):", adjusted))
         stats |= {f"test_adjusted_{name}": adjusted[name] for name in ("acc1", *GROUPS)}
     if run.args.eval:
         run.say("accuracy per class, in order of training images: "
@@ -172,15 +173,15 @@ def evaluate_knn(encoder, images, labels, test_images, test_set, train_set, run)
     votes = predict(KNNClassifier(features, labels, len(train_set.class_counts)), queries, run)
     metrics = classification_metrics(votes.cpu(), torch.tensor(test_set.targets), train_set.class_counts,
                                      train_set.shot_thresholds)
-    run.say(one_line("* kNN", metrics))
+    run.say(accuracy_line("* kNN", metrics))
     return {f"knn_{name}": metrics[name] for name in ("acc1", *GROUPS)}
 
 
-def shot_fractions(metrics):
+def shot_texts(metrics):
     """Pairs such as ("Many", "0.538"); "none" where there is no such class."""
     return [(name.capitalize(), "none" if metrics[name] is None else f"{metrics[name]:.3f}") for name in GROUPS]
 
 
-def one_line(title, metrics):
-    shots = " ".join(f"{name}-Shot {fraction}" for name, fraction in shot_fractions(metrics))
+def accuracy_line(title, metrics):
+    shots = " ".join(f"{name}-Shot {fraction}" for name, fraction in shot_texts(metrics))
     return f"{title} Acc@1 {metrics['acc1']:.3f} {shots}"

@@ -3,8 +3,8 @@ r"""Stage 2 on CIFAR-100-LT: fine-tune the features of stage 1 on subsets drawn 
     python main_cifar100_finetune_ipdpp.py --imbalanced_factor 100 --data_root /mnt/data/cifar100 \
         --resume output_dir/cifar100/pretrain_bns_cifar100/pretrain_bns_cifar100_if100.pth
 
-The recipe is that of main_cifar10_finetune_ipdpp.py with the defaults below.
-With --eval FILE it evaluates a checkpoint instead. Without --resume it starts from a random encoder.
+The recipe is that of main_cifar10_finetune_ipdpp.py, with its defaults but for those below. New draws come before
+epochs 19, 39, 59 and 79.
 """
 from main_cifar10_finetune_ipdpp import get_args_parser as cifar10_parser
 from main_cifar10_finetune_ipdpp import main

@@ -3,8 +3,7 @@ r"""Linear probing on CIFAR-100-LT: train a linear layer on the frozen features 
     python main_cifar100_lineprob_bns.py --imbalanced_factor 100 --data_root /mnt/data/cifar100 \
         --resume output_dir/cifar100/pretrain_bns_cifar100/pretrain_bns_cifar100_if100.pth
 
-The recipe is that of main_cifar10_lineprob_bns.py with the defaults below.
-With --eval FILE it evaluates a probed checkpoint instead. Without --resume it probes a random encoder.
+The recipe is that of main_cifar10_lineprob_bns.py, with its defaults but for those below.
 """
 from main_cifar10_lineprob_bns import get_args_parser as cifar10_parser
 from main_cifar10_lineprob_bns import main

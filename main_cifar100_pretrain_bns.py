@@ -2,8 +2,7 @@
 
     python main_cifar100_pretrain_bns.py --imbalanced_factor 100 --data_root /mnt/data/cifar100
 
-The recipe is that of main_cifar10_pretrain_bns.py with the defaults below. The last epoch also writes
-pretrain_bns_cifar100_if<factor>.pth, which the later stages take as --resume.
+The recipe is that of main_cifar10_pretrain_bns.py, with its defaults but for those below.
 """
 from main_cifar10_pretrain_bns import get_args_parser as cifar10_parser
 from main_cifar10_pretrain_bns import main

@@ -3,11 +3,15 @@ r"""Stage 2 on CIFAR-10-LT: fine-tune the features of stage 1 on subsets drawn b
     python main_cifar10_finetune_ipdpp.py --imbalanced_factor 100 --data_root /mnt/data/cifar10 \
         --resume output_dir/cifar10/pretrain_bns_cifar10/pretrain_bns_cifar10_if100.pth
 
-Classes of more than --num_samples images are cut to that number. Images that the classifier gets wrong are drawn more
-often. Encoder and classifier are trained on the drawn images, and every --sampling_freq epochs they draw anew.
+The encoder starts from the checkpoint of stage 1, and a new linear layer starts at random. Each class of more than
+--num_samples images is cut to that number; smaller classes stay whole. IP-DPP prefers images whose true label gets a
+low probability from the current model (clean images, eval mode). It draws before the first epoch and then every
+--sampling_freq epochs. The first draw is nearly uniform, since the linear layer is untrained. Each epoch trains the
+whole network on one augmented view of every drawn image. The last epoch also writes
+finetune_ipdpp_cifar10_if<factor>.pth.
 
-With --eval FILE it evaluates a checkpoint instead. Without --resume it starts from a random encoder; with
---ipdpp_sampler none besides, it is plain training on all images.
+Without --resume the encoder starts at random. With --ipdpp_sampler none besides, this is plain training on all images.
+A checkpoint of this stage as --resume continues its run. With --eval FILE the script evaluates a checkpoint instead.
 """
 import torch
 from timm.optim import param_groups_weight_decay
@@ -32,9 +36,9 @@ def get_args_parser():
         data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=1.0,
         # model and loss
         model="resnet18", loss="cross_entropy", logit_adjustment=1.0,
-        # draws: at most 500 images a class, anew before epochs 9, 19, ... 89
+        # draws: at most 500 images per class; new ones before epochs 9, 19, ..., 89
         num_samples=500, sampling_freq=10, ipdpp_sampler="exact", ipdpp_kernel="paper", mcmc_steps=1000,
-        # optimisation: AdamW, linear warm-up to blr * (images of an update) / 256, then half a cosine
+        # optimisation: AdamW, linear warm-up to blr * (images per update) / 256, then half a cosine
         epochs=100, batch_size=64, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=5, weight_decay=0.05,
         amp="auto", seed=42,
         # run
@@ -48,7 +52,7 @@ def main(args):
     train_set, test_set = load_data(run)
     images, labels = to_device(train_set, run.device)
     test_images, _ = to_device(test_set, run.device)
-    # Images of each class that are trained on; the prior that they leave is taken out of the test logits by `tau`.
+    # Images per class that are trained on. Logit adjustment subtracts tau * log(share of the class) from test logits.
     counts = train_set.class_counts
     if args.ipdpp_sampler != "none":
         counts = counts.clip(max=args.num_samples)
@@ -70,35 +74,33 @@ def main(args):
     loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed)
     steps = loader.steps(counts.sum())
 
-    # AdamW; linear warm-up from 0, then half a cosine: timm does exactly that with these arguments only.
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=run.learning_rate(steps),
-                                  betas=(0.9, 0.95), fused=True)
+    # AdamW. The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay),
+                                  lr=run.learning_rate(counts.sum()), betas=(0.9, 0.95), fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
         warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,
-        step_on_epochs=False, updates_per_epoch=run.updates(steps))
+        step_on_epochs=False, updates_per_epoch=run.updates_per_epoch(steps))
 
-    network = run.begin(model, optimizer, steps)  # loads --resume, claims the output folder; DDP and --compile
-    subset = run.subset
+    network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
+    subset = torch.arange(len(images)) if args.ipdpp_sampler == "none" else run.subset
     if args.ipdpp_sampler == "mcmc":
         run.say(f"--mcmc_steps {args.mcmc_steps}: the chain mixes in about {mixing_steps(args.num_samples)} steps; "
-                "with far fewer, its draws lie between uniform and exact ones")
+                "far fewer give nearly uniform draws")
     for epoch in range(run.start_epoch, args.epochs):
         # Draw before the first epoch and every --sampling_freq epochs, but not before the last.
         redraw = (epoch + 1) % args.sampling_freq == 0 and epoch < args.epochs - 1
-        drawn = {}
-        if args.ipdpp_sampler == "none":
-            subset = torch.arange(len(images))
-        elif subset is None or redraw:
-            logits = predict(model, images, run)  # by the current model in eval mode, of clean images
-            log_p, previous = true_label_log_probabilities(logits, labels), subset
+        draw_stats = {}
+        if args.ipdpp_sampler != "none" and (subset is None or redraw):
+            train_logits = predict(model, images, run)  # by the current model in eval mode, of clean images
+            log_p, previous = true_label_log_probabilities(train_logits, labels), subset
             subset = run.processes.from_first(
                 draw_subset, log_p, train_set.targets, args.num_samples, (args.seed, epoch),
                 args.ipdpp_sampler, args.ipdpp_kernel, args.mcmc_steps)
             kernel = None if args.ipdpp_sampler == "uniform" else args.ipdpp_kernel
-            drawn = describe_draw(run.log, epoch, log_p, logits, train_set, subset, previous, kernel)
+            draw_stats = describe_draw(run.log, epoch, log_p, train_logits, train_set, subset, previous, kernel)
         batches = loader.epoch(epoch, subset)
-        stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run) | drawn
+        stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run) | draw_stats
         if run.evaluates(epoch):
             features = predict(model.enc, test_images, run)
             logits = predict(model.lin, features, run)

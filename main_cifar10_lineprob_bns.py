@@ -3,11 +3,11 @@ r"""Linear probing on CIFAR-10-LT: train a linear layer on the frozen features o
     python main_cifar10_lineprob_bns.py --imbalanced_factor 100 --data_root /mnt/data/cifar10 \
         --resume output_dir/cifar10/pretrain_bns_cifar10/pretrain_bns_cifar10_if100.pth
 
-It is trained on a random subset with at most --num_samples images of each class, drawn once.
+The layer is trained on augmented images of a random subset, drawn once, with at most --num_samples images per class.
+The last epoch also writes lineprob_bns_cifar10_if<factor>.pth.
 
-With --eval FILE it evaluates a probed checkpoint instead. Without --resume it probes a random encoder.
+Without --resume it probes a random encoder. With --eval FILE it evaluates a checkpoint of this script instead.
 """
-import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -26,12 +26,12 @@ def get_args_parser():
     parser = Parser(__doc__, ["data", "model", "classifier", "optimisation", "run"])
     parser.set_defaults(
         stage="lineprob_bns", dataset="cifar10",
-        # data and augmentation: at most 100 images a class
+        # data and augmentation: at most 100 images per class
         data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=2.0,
         num_samples=100,
         # model
         model="resnet18", logit_adjustment=1.0,
-        # optimisation: AdamW, linear warm-up to blr * (images of an update) / 256, then half a cosine
+        # optimisation: AdamW, linear warm-up to blr * (images per update) / 256, then half a cosine
         epochs=100, batch_size=64, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=20, weight_decay=0.05,
         amp="auto", seed=0,
         # run
@@ -45,7 +45,7 @@ def main(args):
     train_set, test_set = load_data(run)
     images, labels = to_device(train_set, run.device)
     test_images, _ = to_device(test_set, run.device)
-    counts = train_set.class_counts.clip(max=args.num_samples)  # images of each class that are trained on
+    counts = train_set.class_counts.clip(max=args.num_samples)  # images per class that are trained on
 
     torch.manual_seed(args.seed)
     model = Classifier(create_encoder(args.model, args.input_size), args.num_classes, frozen=True)
@@ -62,21 +62,21 @@ def main(args):
     loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed)
     steps = loader.steps(counts.sum())
 
-    # AdamW; linear warm-up from 0, then half a cosine: timm does exactly that with these arguments only.
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=run.learning_rate(steps),
-                                  betas=(0.9, 0.95), fused=True)
+    # AdamW. The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay),
+                                  lr=run.learning_rate(counts.sum()), betas=(0.9, 0.95), fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
         warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,
-        step_on_epochs=False, updates_per_epoch=run.updates(steps))
+        step_on_epochs=False, updates_per_epoch=run.updates_per_epoch(steps))
 
-    network = run.begin(model, optimizer, steps)  # loads --resume, claims the output folder; DDP and --compile
-    features = predict(model.enc, test_images, run)  # once: the encoder never changes
+    network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
     subset = run.subset
+    if subset is None:
+        subset = run.processes.from_first(
+            draw_subset, None, train_set.targets, args.num_samples, (args.seed, 0), "uniform")
+    features = predict(model.enc, test_images, run)  # once, since the encoder never changes
     for epoch in range(run.start_epoch, args.epochs):
-        if subset is None:
-            subset = run.processes.from_first(
-                draw_subset, np.zeros(len(images)), train_set.targets, args.num_samples, (args.seed, 0), "uniform")
         batches = loader.epoch(epoch, subset)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run)
         if run.evaluates(epoch):

@@ -2,10 +2,10 @@
 
     python main_cifar10_pretrain_bns.py --imbalanced_factor 100 --data_root /mnt/data/cifar10
 
-Two random views of each image are encoded and projected. The loss draws together the projections of a class and pushes
-apart those of different classes. Every --eval_freq epochs a k-nearest-neighbour classifier shows how good the
-encoder's features have become. The last epoch also writes pretrain_bns_cifar10_if<factor>.pth, which the later stages
-take as --resume.
+Two random views of each image pass the encoder and a projector. The loss pulls projections of the same class together
+and pushes those of different classes apart. Every --eval_freq epochs a k-nearest-neighbour classifier, with the
+training images as neighbours of the test images, shows how good the encoder's features have become. The last epoch also
+writes pretrain_bns_cifar10_if<factor>.pth. The later stages take it as --resume, and drop the projector.
 
 With --eval FILE it prints that classifier's accuracy for the encoder of any checkpoint instead.
 """
@@ -30,9 +30,9 @@ def get_args_parser():
         stage="pretrain_bns", dataset="cifar10",
         # data and augmentation
         data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=2.0,
-        # model and loss
+        # model and loss: that of the published code, or "eq12" with m = num_extra_positives
         model="resnet18", embed_dim=128, temperature=0.5, bns_form="published", num_extra_positives=4,
-        # optimisation: AdamW, linear warm-up to blr * (images of an update) / 256, then half a cosine
+        # optimisation: AdamW, linear warm-up to blr * (images per update) / 256, then half a cosine
         epochs=1000, batch_size=1024, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=20, weight_decay=0.05,
         amp="auto", seed=0,
         # run
@@ -60,31 +60,32 @@ def main(args):
 
     lowest = lowest_temperature(2 * args.batch_size * run.processes.world_size)
     if args.bns_form == "published" and args.temperature < lowest:
-        raise UserError(f"--temperature: found {args.temperature:g}, expected at least {lowest:.4f}, below which "
-                        "float32 cannot hold the loss of such a batch")
+        raise UserError(f"--temperature: found {args.temperature:g}, expected at least {lowest:.4f}, since lower "
+                        "ones overflow float32 in batches of this size")
 
     # Two views of each image; an epoch's incomplete last batch is left out.
     augment = SimCLRAugment(args.input_size, args.jitter_strength)
     loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed,
-                          num_views=2, drop_last=True)
-    everything = torch.arange(len(images))
-    steps = loader.steps(len(everything))
+                          views_per_image=2, drop_last=True)
+    all_indices = torch.arange(len(images))
+    steps = loader.steps(len(all_indices))
 
-    # AdamW; linear warm-up from 0, then half a cosine: timm does exactly that with these arguments only.
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=run.learning_rate(steps),
+    # AdamW. The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay),
+                                  lr=run.learning_rate(steps * args.batch_size * run.processes.world_size),
                                   betas=(0.9, 0.95), fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
         warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,
-        step_on_epochs=False, updates_per_epoch=run.updates(steps))
+        step_on_epochs=False, updates_per_epoch=run.updates_per_epoch(steps))
 
-    network = run.begin(model, optimizer, steps)  # loads --resume, claims the output folder; DDP and --compile
+    network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
     if run.start_epoch == 0:
-        (first, second), _ = next(iter(loader.epoch(0, everything)))
+        (first, second), _ = next(iter(loader.epoch(0, all_indices)))
         views = torch.stack((first[:32], second[:32]), dim=1).flatten(0, 1)
         run.log.image("input/two views of each image, side by side", views.cpu(), 0)
     for epoch in range(run.start_epoch, args.epochs):
-        batches = loader.epoch(epoch, everything)
+        batches = loader.epoch(epoch, all_indices)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run)
         if run.evaluates(epoch):
             stats |= evaluate_knn(model.enc, images, labels, test_images, test_set, train_set, run)

@@ -52,7 +52,7 @@ def prepare(stage, flags, steps):
     model.to(run.device, memory_format=torch.channels_last)
     augment = MarkedAugment(args.input_size, args.jitter_strength)
     loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed,
-                          num_views=VIEWS[stage], drop_last=True)
+                          views_per_image=VIEWS[stage], drop_last=True)
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
     scheduler = CosineLRScheduler(optimizer, t_initial=1000, t_in_epochs=False)
     network = run.begin(model, optimizer, steps)

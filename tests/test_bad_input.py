@@ -124,7 +124,7 @@ FILES = {  # {bad} is the folder of the fixture, {out} a new one
         "--output_dir {bad}/moved": "another run (log.txt)",
         "--output_dir {bad}/empty.pth": "not a folder",
         "--output_dir {bad}/empty.pth/run": "not a folder",
-        "--output_dir /proc/run": "not a folder",
+        "--output_dir /proc/run": "/proc/run",
         "--log_dir {bad}/empty.pth": "not a folder",
         f"--log_dir {{bad}}/{PRETRAIN}": "curves of another run",
         "--eval {bad}/layer.pth": "no encoder",
@@ -135,7 +135,7 @@ FILES = {  # {bad} is the folder of the fixture, {out} a new one
         f"--eval {F}": "expected one of lineprob_bns",
     },
     FINETUNE: {
-        f"--resume {F100}": "--num_classes 100",
+        f"--resume {F100}": "--dataset cifar100",
         f"--resume {P} --model test_vit": "--model",
         f"--resume {P} --output_dir {{bad}}/{FINETUNE}": "another run",
         "--eval {bad}/absent.pth": "no file",
@@ -149,8 +149,9 @@ FILES = {  # {bad} is the folder of the fixture, {out} a new one
         f"--eval {F} --resume auto": "--resume",
         f"--eval {F} --overwrite": "--overwrite",
         f"--eval {F} --start_epoch 0": "--start_epoch",
+        f"--num_classes 5 --eval {F}": "expected 10",
     },
-    FINETUNE100: {f"--resume {F}": "--num_classes 10,"},
+    FINETUNE100: {f"--resume {F}": "--dataset cifar10,"},
 }
 CASES = [(name, flags, expected)
          for table in (FLAGS, FILES) for name in table for flags, expected in table[name].items()]

@@ -8,7 +8,7 @@ from conftest import one_of
 
 from util import batches
 from util.augment import SimCLRAugment
-from util.batches import DeviceLoader, random_seed, split_epoch, to_device
+from util.batches import DeviceLoader, derive_seed, split_epoch, to_device
 from util.toy_data import ToyCIFAR
 
 AUGMENT = SimCLRAugment(16, 1.0)
@@ -77,12 +77,12 @@ def test_processes_share_an_epoch(images, drop_last):
         assert set(together[step].tolist()) == set(torch.cat([share[step] for share in shares]).tolist())
 
 
-def test_random_seeds_differ_in_every_part():
+def test_derive_seeds_differ_in_every_part():
     keys = itertools.product(range(3), repeat=4)
-    seeds = {random_seed(*key) for key in keys} | {random_seed(0, 1), random_seed(1, 0), random_seed(1)}
+    seeds = {derive_seed(*key) for key in keys} | {derive_seed(0, 1), derive_seed(1, 0), derive_seed(1)}
     assert len(seeds) == 84 and all(0 <= seed < 2**63 for seed in seeds)
-    assert random_seed(5, 6, 7) == random_seed(5, 6, 7)
-    torch.Generator().manual_seed(random_seed(2**63 - 1, 10**6))  # of the largest --seed
+    assert derive_seed(5, 6, 7) == derive_seed(5, 6, 7)
+    torch.Generator().manual_seed(derive_seed(2**63 - 1, 10**6))  # of the largest --seed
 
 
 def test_a_data_set_on_the_device_is_that_data_set():
@@ -104,7 +104,7 @@ def test_views_of_a_block_are_those_of_each_batch_alone(block, num_views, rank, 
     yielded = list(epoch)
     assert len(yielded) == len(epoch) == len(epoch.indices) == -(-149 // batch_size)
     for step, (views, of_views) in enumerate(yielded):
-        generator = torch.Generator().manual_seed(random_seed(5, 3, step, rank))
+        generator = torch.Generator().manual_seed(derive_seed(5, 3, step, rank))
         mine = images[epoch.indices[step]]
         assert len(views) == num_views and torch.equal(of_views, labels[epoch.indices[step]])
         for view in views:

@@ -87,7 +87,7 @@ def test_training_equals_a_plainly_written_loop(script, accum_iter, flags, tmp_p
     train_set, stage_1 = ToyCIFAR(10), script is pretrain
     subset = torch.arange(len(train_set)) if stage_1 else trained["subset"]
     loader = DeviceLoader(*to_device(train_set, CPU), SimCLRAugment(16, trained["args"]["jitter_strength"]), one_of(1),
-                          32, trained["args"]["seed"], num_views=2 if stage_1 else 1, drop_last=stage_1)
+                          32, trained["args"]["seed"], views_per_image=2 if stage_1 else 1, drop_last=stage_1)
     epochs = [list(loader.epoch(epoch, subset)) for epoch in range(2)]
     images = sum(len(labels) for _, labels in epochs[0])
     assert images == {"pretrain_bns": 96, "lineprob_bns": len(subset), "finetune_ipdpp": len(subset)}[
@@ -109,7 +109,7 @@ def test_training_equals_a_plainly_written_loop(script, accum_iter, flags, tmp_p
         assert loss.item() == pytest.approx(plain_bns_loss(*projections, labels).item(), abs=1e-5)
         return loss
 
-    losses = plain_training(model, epochs, loss_of, 1e-3 * 32 * accum_iter / 256, accum_iter)
+    losses = plain_training(model, epochs, loss_of, 1e-3 * min(32 * accum_iter, images) / 256, accum_iter)
     assert [record["train_loss"] for record in history] == pytest.approx(losses, abs=1e-5)
     assert [record["train_images"] for record in history] == [images] * 2
     for name, value in model.state_dict().items():
@@ -133,19 +133,20 @@ def test_learning_rate_at_every_update(accum_iter, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, batch_size, steps, flags", [
-    (pretrain, 48, 2, []), (lineprob, 10, 6, ["--num_samples", 10]), (finetune, 10, 6, ["--num_samples", 10])])
-def test_more_accumulation_than_an_epoch_has_steps_does_not_raise_the_learning_rate(script, batch_size, steps, flags,
-                                                                                    tmp_path):
-    for accum_iter in (steps, 100):
-        run(script, tmp_path / str(accum_iter), "--epochs", 2, "--warmup_epochs", 1, "--batch_size", batch_size,
-            "--blr", 0.01, "--accum_iter", accum_iter, *flags)
-        assert rates(tmp_path / str(accum_iter)) == pytest.approx([0, 0.01 * batch_size * steps / 256], rel=1e-5)
+@pytest.mark.parametrize("script, batch_size, accum_iter, images", [
+    (pretrain, 48, 2, 96), (pretrain, 48, 100, 96),  # the incomplete last batch is left out
+    (lineprob, 10, 6, 58), (lineprob, 100, 1, 58), (finetune, 10, 100, 58), (finetune, 100, 1, 58)])
+def test_learning_rate_counts_the_images_of_an_update(script, batch_size, accum_iter, images, tmp_path):
+    """They are all images of an epoch here; the batch, or the accumulation, could hold more."""
+    flags = [] if script is pretrain else ["--num_samples", 10]
+    run(script, tmp_path, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", batch_size, "--blr", 0.01,
+        "--accum_iter", accum_iter, *flags)
+    assert rates(tmp_path) == pytest.approx([0, 0.01 * images / 256], rel=1e-5)
 
 
 def test_a_long_warm_up_is_cut_aloud(tmp_path, capsys):
     run(lineprob, tmp_path, "--epochs", 5, "--warmup_epochs", 5, "--num_samples", 2, "--lr", 0.3)
-    assert "--warmup_epochs: 5 of --epochs 5 would leave none, so 1 it is" in capsys.readouterr().out
+    assert "--warmup_epochs: 5 of --epochs 5 would leave no epoch after it; using 1" in capsys.readouterr().out
     assert rates(tmp_path) == pytest.approx([plain_lr(epoch, 0.3, 0, 1, 5) for epoch in range(5)], rel=1e-5)
 
 
@@ -235,7 +236,7 @@ def test_draws_see_the_current_model_on_clean_images(sampler, kernel, tmp_path):
 def test_the_chains_run_says_once_how_many_steps_it_needs(sampler, said, tmp_path, capsys):
     run(finetune, tmp_path, "--epochs", 3, "--sampling_freq", 1, "--num_samples", 10, "--ipdpp_sampler", sampler,
         "--mcmc_steps", 20)
-    assert capsys.readouterr().out.count("--mcmc_steps 20: the chain mixes in about 46 steps; with far fewer") == said
+    assert capsys.readouterr().out.count("--mcmc_steps 20: the chain mixes in about 46 steps; far fewer") == said
 
 
 def test_probing_subset_is_seeded_balanced_and_stays(tmp_path):

@@ -182,6 +182,13 @@ def test_start_epoch_repeats_no_epoch_of_a_run_that_began_late(quick_runs, tmp_p
     assert epochs(tmp_path) == [2, 3, 4]
 
 
+def test_start_epoch_draws_for_itself(quick_runs, tmp_path):
+    flags = ["--num_samples", 5, "--save_freq", 1, "--sampling_freq", 50]
+    run(FINETUNE, tmp_path, *flags, "--epochs", 3)
+    run(FINETUNE, tmp_path, *flags, "--epochs", 4, "--start_epoch", 1, "--resume", tmp_path / "checkpoint-2.pth")
+    assert [record["epoch"] for record in records(tmp_path) if "drawn" in record] == [0, 1]
+
+
 def test_tensorboard_has_each_epoch_once(quick_runs, tmp_path):
     flags = ["--sampling_freq", 1, "--num_samples", 10, "--batch_size", 20, "--resume", "auto"]
     for total in (2, 4):

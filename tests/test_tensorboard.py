@@ -1,6 +1,7 @@
 """What TensorBoard shows of each stage: curves and where they lie, pictures, the projector, the table of flags."""
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -202,9 +203,18 @@ def test_class_balanced_takes_as_many_of_each_class():
 
 
 def test_logs_that_cannot_be_written_end_no_training(tmp_path, capsys):
-    log = RunLog(tmp_path / "gone", tmp_path / "events")  # no such folder for log.txt
-    log.write_history([{"epoch": 0}])
-    log.results({"test_acc1": 50.0}, 0)
-    log.close()
-    error = capsys.readouterr().err
-    assert error.startswith("could not write the logs: ") and error.count("\n") == 1
+    def disk_full(*_):
+        raise OSError("No space left on device")
+
+    log = RunLog(tmp_path / "folder", tmp_path / "events")
+    log.write_history([{"epoch": 0}])  # there is no such folder yet
+    log.writer.add_scalar = disk_full
+    for _ in range(2):
+        log.results({"test_acc1": 50.0}, 0)
+        log.close()
+    errors = capsys.readouterr().err.splitlines()
+    assert [re.match("could not write (.*?): ", error)[1] for error in errors] == [
+        str(tmp_path / "folder" / "log.txt"), "TensorBoard"]
+    (tmp_path / "folder").mkdir()
+    log.write_history([{"epoch": 0}, {"epoch": 1}])
+    assert (tmp_path / "folder" / "log.txt").read_text().count("\n") == 2

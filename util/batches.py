@@ -6,7 +6,7 @@ import torch
 
 from util.augment import AugmentParameters
 
-BLOCK = 1024  # images augmented at once: one batch of stage 1, 16 of the later stages
+BLOCK = 1024  # images augmented at once: a batch of stage 1 on CIFAR-10, 16 batches of the later stages
 
 
 def to_device(dataset, device):
@@ -14,7 +14,7 @@ def to_device(dataset, device):
     return torch.from_numpy(dataset.data).to(device).permute(0, 3, 1, 2), torch.tensor(dataset.targets, device=device)
 
 
-def random_seed(*key):
+def derive_seed(*key):
     """A seed for PyTorch's generators, one per tuple of non-negative integers."""
     return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)  # (1,) is not (1, 0)
 
@@ -34,35 +34,36 @@ def split_epoch(num_images, batch_size, drop_last=False):
 
 
 class DeviceLoader:
-    """Like a DataLoader, for images that lie on the device and are augmented there. Every random choice follows `seed`.
+    """Like a DataLoader, for images that lie on the device and are augmented there.
 
     Args:
         images, labels: of `to_device`.
         augment: SimCLRAugment.
         processes: Processes. Each gets its share of every batch.
         batch_size: images per process and step.
-        seed: determines order and augmentation, together with epoch, step and process.
-        num_views: views of each image.
+        seed: determines every random choice, together with epoch, step and process.
+        views_per_image: 2 in stage 1.
         drop_last: leave out an incomplete last batch.
     """
 
-    def __init__(self, images, labels, augment, processes, batch_size, seed, num_views=1, drop_last=False):
+    def __init__(self, images, labels, augment, processes, batch_size, seed, views_per_image=1,
+                 drop_last=False):
         self.images, self.labels, self.augment, self.processes = images, labels, augment, processes
-        self.batch_size, self.seed, self.num_views, self.drop_last = batch_size, seed, num_views, drop_last
+        self.batch_size, self.seed, self.views_per_image, self.drop_last = batch_size, seed, views_per_image, drop_last
 
     def steps(self, num_images):
         """Batches of an epoch of `num_images`."""
         return len(self._sizes(num_images))
 
     def _sizes(self, num_images):
-        """Images of each batch in each process; all processes get as many."""
+        """Images of each batch, the same in every process."""
         share = num_images / self.processes.world_size
         return split_epoch(math.floor(share) if self.drop_last else math.ceil(share), self.batch_size, self.drop_last)
 
     def epoch(self, epoch, subset):
         """The batches of an epoch over the images `subset` (int64 indices (n,) on the CPU), in random order."""
         world_size = self.processes.world_size
-        generator = torch.Generator().manual_seed(random_seed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = subset[torch.randperm(len(subset), generator=generator)]
         order = torch.cat((order, order[:-len(order) % world_size])).to(self.images.device)
         mine = order[self.processes.rank::world_size]
@@ -84,15 +85,15 @@ class EpochBatches:
 
     def __iter__(self):
         loader = self.loader
-        together = max(1, BLOCK // loader.batch_size)
-        for first in range(0, len(self), together):
-            block = self.indices[first:first + together]
+        steps_per_block = max(1, BLOCK // loader.batch_size)
+        for first in range(0, len(self), steps_per_block):
+            block = self.indices[first:first + steps_per_block]
             for step, views in enumerate(self._augment(block, first), first):
                 torch.manual_seed(self._seed(step, 1))  # for what is random in the network
                 yield views, loader.labels[self.indices[step]]
 
     def _seed(self, step, *purpose):
-        return random_seed(self.loader.seed, self.epoch, step, self.loader.processes.rank, *purpose)
+        return derive_seed(self.loader.seed, self.epoch, step, self.loader.processes.rank, *purpose)
 
     def _augment(self, block, first):
         """Views of the batches of a block, steps `first` and following, each with its own random parameters."""
@@ -100,7 +101,7 @@ class EpochBatches:
         pixels = loader.images[torch.cat(block)]
         generators = [torch.Generator().manual_seed(self._seed(first + i)) for i in range(len(block))]
         views = []
-        for _ in range(loader.num_views):
+        for _ in range(loader.views_per_image):
             parameters = [loader.augment.sample(size, *pixels.shape[2:], generator)
                           for size, generator in zip(sizes, generators, strict=True)]
             joined = AugmentParameters(*(torch.cat(parts) for parts in zip(*parameters, strict=True)))

@@ -1,4 +1,4 @@
-"""Checkpoints: written so that no moment of a crash can harm them, read so that none can run code."""
+"""Checkpoints: written atomically, so that a crash leaves the old file, and loaded without running code."""
 import argparse
 import io
 import os
@@ -58,7 +58,7 @@ def load_checkpoint(path, flag="--resume"):
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for damaged or foreign files
-        reason = "it is empty" if path.stat().st_size == 0 else _first_sentence(error)
+        reason = "it is empty" if path.stat().st_size == 0 else _why_unreadable(error)
         raise UserError(f"{flag}: {path} is no checkpoint that can be loaded safely: {reason}") from error
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
@@ -70,7 +70,7 @@ def load_checkpoint(path, flag="--resume"):
     return {**checkpoint, "model": model, "args": args if isinstance(args, dict) else vars(args)}
 
 
-def _first_sentence(error):
+def _why_unreadable(error):
     if "GLOBAL" in str(error):  # the pickle names a class or function
         return "it holds Python objects beyond tensors and plain values, none of which was executed"
     return "it is truncated or was not written by PyTorch"
@@ -119,14 +119,14 @@ def load_encoder(encoder, checkpoint, source):
 def restore_optimizer(optimizer, checkpoint, source):
     """Load AdamW's moments. Learning rate and weight decay stay what the flags say.
 
-    Moments that belong to other parameters are left out, and a line says so.
+    Where the saved moments do not fit all parameters, none is loaded, and a line says so.
     """
     groups = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = (checkpoint.get("optimizer") or {}).get("state", {})
     found = {index: moments["exp_avg"].shape for index, moments in state.items() if "exp_avg" in moments}
     if found != {index: parameter.shape for index, parameter in enumerate(parameters)}:
-        print(f"{source}: its optimiser state is of other parameters; the optimiser starts afresh", flush=True)
+        print(f"{source}: the saved optimiser state does not fit this model; the optimiser starts afresh", flush=True)
         return
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -136,11 +136,12 @@ def numbered_checkpoints(folder):
     return sorted(Path(folder).glob("checkpoint-[0-9]*.pth"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def load_newest(paths):
-    """The newest of `paths` that loads, as (path, checkpoint), or (None, None). Damaged ones are named and passed."""
+def newest_checkpoint(paths):
+    """The newest of `paths` that loads, or None. Damaged files are named and passed over."""
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            return path, load_checkpoint(path)
+            load_checkpoint(path)
+            return path
         except UserError as error:
             print(f"passed over: {error}", flush=True)
-    return None, None
+    return None

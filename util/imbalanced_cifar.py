@@ -93,10 +93,10 @@ class LongTailedMixin:
 class ImbalanceCIFAR10(LongTailedMixin, CIFAR10):
     """Long-tailed CIFAR-10. See LongTailedMixin."""
 
-    dataset_name, num_classes, n_max, shot_thresholds = "cifar10", 10, 5000, (500, 200)
+    num_classes, n_max, shot_thresholds = 10, 5000, (500, 200)
 
 
 class ImbalanceCIFAR100(LongTailedMixin, CIFAR100):
     """Long-tailed CIFAR-100. See LongTailedMixin."""
 
-    dataset_name, num_classes, n_max, shot_thresholds = "cifar100", 100, 500, (100, 20)
+    num_classes, n_max, shot_thresholds = 100, 500, (100, 20)

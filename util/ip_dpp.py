@@ -5,32 +5,32 @@ proportional to det(S_Y), where (Lin and Yuan, arXiv 2510.08836, equation 16, is
 
     S_ij = p_i p_j / (c N) for i != j,    S_ii = 1 - sum over j != i of S_ij,    c = 1 ("paper") or N ("published").
 
-**Determinants.** S is diagonal plus rank one, with the diagonal part 1 - p_i mean(p) / c. With e_i = 1 - p_i taken as
--expm1(log p_i), and with s = c - 1 + max(e) and the unit-scale quantities
+**Determinants.** S is a diagonal matrix, with entries 1 - p_i mean(p) / c, plus a matrix of rank one. Let
+s = c - 1 + max(e) with e_i = 1 - p_i, computed as -expm1(log p_i), and
 
-    d_i = (c - 1 + e_i + mean(e) p_i) / s,    w_i = p_i^2 / (N d_i),
+    d_i = (c - 1 + e_i + mean(e) p_i) / s,    w_i = p_i^2 / (N d_i).
 
-which lose no digits when every p_i rounds to 1, the matrix determinant lemma gives
+These lose no digits when every p_i rounds to 1. The matrix determinant lemma gives
 
     det(S_Y) = s^(k-1) c^(-k)  prod over Y of d_i  (s + sum over Y of w_i).
 
-Where all p_i = 1, the paper's kernel has s = 0; the law is then the limit of equal e_i -> 0: constant d, w, uniform Y.
+Where all p_i = 1, the paper's kernel has s = 0. We then take the limit of equal e_i -> 0, in which Y is uniform.
 
 **Sampling.** Take the sum apart: give Y a mark m, which is one of its items (weight w_m) or none (weight s). For any
 t > 0 let q_i = t d_i / (1 + t d_i). Draw the mark, item i with weight w_i q_i and none with weight s, put the marked
 item into Y, and put every other item i into Y independently with probability q_i. The pair (Y, m) comes up with
 probability proportional to t^|Y| w_m prod over Y of d_i (w_m = s for no mark), so that the first Y of size k is an
-exact draw of the k-DPP: Hajek's rejective Poisson sampling (1964) with a mark. t affects the speed only. Where
-sum q = k, a try succeeds with a probability of about 1 / sqrt(2 pi var), var = sum q (1 - q) < k, so that a draw takes
-O(N sqrt(k)) expected time. Memory is O(N).
+exact draw of the k-DPP: Hajek's rejective Poisson sampling (1964) with a mark. Any t gives exact draws; it only changes
+how many tries are needed. With t such that sum q = k, a try succeeds with a probability of about 1 / sqrt(2 pi var),
+where var = sum q (1 - q) < k. So a draw takes O(N sqrt(k)) expected time. Memory is O(N).
 
 **Inclusion.** With the same q let r_i(z) = q_i z / (1 - q_i + q_i z), phi(z) = prod of (1 - q_i + q_i z),
 R(z) = sum of w_i r_i(z), and [z^k] the coefficient of z^k. Then
 
     P(i in Y) = [z^k] phi r_i (s + R + w_i (1 - r_i))  /  [z^k] phi (s + R).
 
-The coefficients are those of laws of sums of independent indicators, so nothing overflows, and t has put their mean at
-k: the unit circle runs through the saddle point, and the trapezoidal rule needs at most 54 points whatever N is.
+phi is the generating function of a sum of independent 0/1 variables with mean near k. So its coefficients are
+probabilities, nothing overflows, and at most 54 points on the unit circle suffice, whatever N is.
 """
 
 import numpy as np
@@ -41,7 +41,7 @@ KERNELS = ("paper", "published")
 
 
 def _check(log_p, k, kernel):
-    """log_p as a float64 array, once all three arguments are known to be sound."""
+    """Check the arguments; return log_p as a float64 array."""
     log_p = np.asarray(log_p, dtype=np.float64)
     if log_p.ndim != 1 or not log_p.size:
         raise ValueError(f"log_p must have shape (N,) with N > 0, got {log_p.shape}")
@@ -115,8 +115,8 @@ def inclusion_probabilities(log_p, k, kernel="paper"):
     """Exact P(i in Y) of the k-DPP: (N,) float64 in [0, 1], summing to k. Arguments and errors: `sample_k_dpp`.
 
     By the last formula of the module's docstring. The number of points is odd, since an even one could hit the pole of
-    r_i at q_i = 1/2. It is large enough for an error below 1e-19, of the aliases k +- points and of the angles that are
-    left out (Bernstein's inequality; |phi| <= exp(-var (1 - cos))).
+    r_i at q_i = 1/2. It is large enough for an error below 1e-19, counting both the aliases k +- points and the angles
+    that are left out (Bernstein's inequality; |phi| <= exp(-var (1 - cos))).
     """
     log_p = _check(log_p, k, kernel)
     n = len(log_p)
@@ -151,8 +151,8 @@ def likelihood_kernel(log_p, kernel="paper"):
 def exchange_chain(log_p, k, rng, kernel="paper", steps=1000):
     """The state of DPPy's Markov chain after `steps` >= 1 exchanges of one item, from a uniform draw: int64 (k,).
 
-    It builds the N x N kernel. It has about mixed after `mixing_steps`. Other arguments and errors: `sample_k_dpp`.
-    Besides, FloatingPointError where the chain's determinants leave float64's range (k of several thousand).
+    It builds the N x N kernel, and needs about `mixing_steps` steps to mix. Other arguments and errors: `sample_k_dpp`.
+    Also raises FloatingPointError if the determinants leave float64's range (k of several thousand).
     """
     log_p = _check(log_p, k, kernel)
     start = rng.choice(len(log_p), size=k, replace=False)
@@ -183,7 +183,7 @@ def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="pape
     """Cut every class of more than `num_samples` images to that number; the others stay whole (paper, section 5).
 
     Args:
-        log_p: (N,) log probabilities of the true labels; of the uniform sampler, any (N,).
+        log_p: (N,) log probabilities of the true labels; unused for "uniform".
         targets: N integer labels.
         seed: (seed, redraw), two integers >= 0. Together with the class they determine its draw.
         sampler: "exact" (`sample_k_dpp`), "mcmc" (`exchange_chain`) or "uniform" (plain random undersampling).

@@ -57,7 +57,8 @@ GROUPS = {
     },
     "information-preservable DPP": {
         "--sampling_freq": dict(type=AT_LEAST_1,
-                                help="draw anew before each 0-based epoch e with (e + 1) %% this == 0"),
+                                help="epochs between draws: a new one comes before epoch e, counted from "
+                                     "0, if (e + 1) is a multiple of this, except before the last"),
         "--ipdpp_sampler": dict(choices=["exact", "mcmc", "uniform", "none"], help="exact k-DPP; DPPy's exchange "
                                 "chain; plain random undersampling; no undersampling at all"),
         "--ipdpp_kernel": dict(choices=["paper", "published"], help="similarities divided by N (equation 16) or, as in "
@@ -68,17 +69,17 @@ GROUPS = {
                        "the log of each class's share of the images trained on; predictions are not adjusted then"),
     },
     "optimisation": {
-        "--epochs": dict(type=AT_LEAST_1, help="passes over the training images"),
+        "--epochs": dict(type=AT_LEAST_1, help="passes over the training images, or those drawn"),
         "--batch_size": dict(type=AT_LEAST_2, help="images per process and step; batch norm needs two"),
         "--accum_iter": dict(type=AT_LEAST_1, help="steps whose gradients make one update"),
         "--weight_decay": dict(type=NOT_NEGATIVE, help="AdamW's, on weights only: not on biases and norms"),
-        "--lr": dict(type=POSITIVE, help="learning rate; unset, --blr * effective batch / 256"),
-        "--blr": dict(type=POSITIVE, help="learning rate per 256 images of a batch"),
+        "--lr": dict(type=POSITIVE, help="learning rate; unset, --blr * (images per update) / 256"),
+        "--blr": dict(type=POSITIVE, help="learning rate per 256 images of an update"),
         "--min_lr": dict(type=NOT_NEGATIVE, help="learning rate at the end"),
-        "--warmup_epochs": dict(type=AT_LEAST_0, help="epochs of linear warm-up; a fifth of --epochs if not below it"),
+        "--warmup_epochs": dict(type=AT_LEAST_0, help="epochs of linear warm-up; at least --epochs: a fifth of them"),
         "--amp": dict(choices=["auto", "bfloat16", "float16", "none"], help="precision of the encoder; auto: bfloat16 "
                       "where the hardware has it; none: float32 throughout"),
-        "--seed": dict(type=SEED, help="of everything that is random"),
+        "--seed": dict(type=SEED, help="seed of all random choices"),
     },
     "run": {
         "--resume": dict(nargs="+", type=PATH, metavar="FILE", help="checkpoint of this stage to continue from, or of "
@@ -127,15 +128,15 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def launch(main, parser):
-    """Run an entry script: parse, call `main(args)`, and turn a user's mistake into one line and an exit code."""
+    """Run an entry script: parse, call `main(args)`, and turn an error that the user can mend into one line."""
     args, rank = parser.parse_args(), os.environ.get("RANK", "0")
     try:
         main(args)
         sys.stdout.flush()
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}{f' (process {rank})' if rank != '0' else ''}\n")
     except BrokenPipeError:  # whoever read our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (UserError, OSError) as error:  # an OSError names the file
+        parser.exit(2, f"{parser.prog}: error: {error}{f' (process {rank})' if rank != '0' else ''}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted before or after the training\n")

@@ -13,7 +13,7 @@ class OutputFolder:
     """One run's `checkpoint-<epoch>.pth`, `checkpoint-latest.pth`, `log.txt` and, last, `final_name` in `path`.
 
     Args:
-        log_dir: folder of TensorBoard's events; their names end in `suffix`, which tells this run's from others'.
+        log_dir: folder of TensorBoard's events. The names of this run's event files end in `suffix`.
         keep: numbered checkpoints to keep, 0 for all.
     """
 
@@ -21,7 +21,6 @@ class OutputFolder:
         self.path, self.log_dir, self.keep = Path(path), Path(log_dir), keep
         self.final = self.path / final_name
         self.downloaded = self.final.with_suffix(".downloaded.pth")
-        self._folders = ("--output_dir", self.path), ("--log_dir", self.log_dir)
         self.suffix = f".{zlib.crc32(bytes(self.path.resolve())):08x}"
         self._lock = None
 
@@ -41,11 +40,13 @@ class OutputFolder:
         Args:
             source: resolved path of the checkpoint that the run starts from, or None.
             continues: whether that is a checkpoint of the same stage.
-            auto: whether the run continues whatever run lies in the folder.
+            auto: whether any run that lies in the folder may be continued.
+            overwrite: whether it may be deleted.
 
         Raises:
-            UserError: it cannot be written, is in use, or holds another run and neither `continues` nor `overwrite`
-                covers that. Nothing is made or changed then.
+            UserError: the folder cannot be written, is in use, or holds another run, and neither --resume nor
+                --overwrite permits to use it. Nothing is made or changed then.
+            OSError: a file in it cannot be written.
         """
         lock = self.path / ".lock"
         self._check_folders()
@@ -56,11 +57,8 @@ class OutputFolder:
         except UserError:
             self.release()
             raise
-        for flag, folder in self._folders:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise _unwritable(flag, folder) from error
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._acquire(lock)
         self._lock.truncate(0)
@@ -74,11 +72,11 @@ class OutputFolder:
 
     def _check_folders(self):
         """Refuse a folder that cannot be written, and a --log_dir that holds another run's curves."""
-        for flag, folder in self._folders:
+        for flag, folder in (("--output_dir", self.path), ("--log_dir", self.log_dir)):
             nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
             if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-                raise _unwritable(flag, folder)
-        # Curves of another name in a run's own folder are its own, from before the folder was moved.
+                raise UserError(f"{flag}: {folder} is not a folder that can be written")
+        # The suffix depends on the path. So a run that was moved has curves with an old suffix in its own folder.
         if self.log_dir.resolve() != self.path.resolve() or not self._traces():
             for path in self.log_dir.glob("events.out.tfevents.*"):
                 if not path.name.endswith(self.suffix):
@@ -126,12 +124,8 @@ class OutputFolder:
             shutil.rmtree(embedding)
 
     def prune(self):
-        """After a numbered checkpoint: delete the latest one, which is older, and all but the newest numbered ones."""
+        """Delete checkpoint-latest.pth, now outdated, and all but the newest `keep` numbered checkpoints."""
         (self.path / LATEST).unlink(missing_ok=True)
         if self.keep:
             for old in numbered_checkpoints(self.path)[:-self.keep]:
                 old.unlink(missing_ok=True)
-
-
-def _unwritable(flag, folder):
-    return UserError(f"{flag}: {folder} is not a folder that can be written")

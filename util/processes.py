@@ -17,7 +17,7 @@ class Processes:
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UserError: a CUDA device is asked for that this machine does not have.
+        UserError: the requested CUDA device does not exist.
     """
 
     def __init__(self, device="auto"):
@@ -49,8 +49,8 @@ class Processes:
         return tensor
 
     def mean(self, tensor):
-        """The mean of `tensor` over all processes; `tensor` itself becomes their sum."""
-        return self.sum(tensor) / self.world_size
+        """The mean of `tensor` over all processes."""
+        return self.sum(tensor.clone()) / self.world_size
 
     def any(self, flag):
         """Whether `flag` (bool) holds in any process; every process gets the same answer."""
@@ -61,19 +61,19 @@ class Processes:
         return bool(flags)
 
     def from_first(self, function, *args):
-        """Call `function(*args)` in the first process only and give its result to all. A UserError there ends all."""
+        """Call `function(*args)` in the first process only and give its result to all. An exception there ends all."""
         if self.world_size == 1:
             return function(*args)
-        result = [None]
+        result, failure = [None, False], None
         if self.first:
             try:
-                result = [(function(*args), None)]
-            except UserError as error:
-                result = [(None, error)]
+                result = [function(*args), False]
+            except Exception as error:  # whatever it is, the other processes must not wait for a result
+                result, failure = [None, True], error
         dist.broadcast_object_list(result, group=self._hosts)
-        value, error = result[0]
-        if error:
-            raise error if self.first else SystemExit(2)  # one message is enough
+        value, failed = result
+        if failed:
+            raise failure or SystemExit(2)  # the first process tells the reason
         return value
 
     def end(self):

@@ -16,8 +16,8 @@ from util.figures import accuracy_bars, confusion_heatmap
 from util.ip_dpp import inclusion_probabilities
 from util.metrics import confusion_matrix
 
-EPOCH_END = 0.999  # of an epoch: where its results are plotted. A run resumed at the next epoch drops points from 1 on
-PROJECTED = 1000  # test images in the embedding projector
+EPOCH_END = 0.999  # results of epoch e are plotted at e + 0.999: resuming at the next epoch would delete them at e + 1
+PROJECTOR_IMAGES = 1000  # test images in the embedding projector
 SHOWN_CLASSES = 5  # largest classes whose draws are logged
 TAGS = {"test_acc1": "test/acc1", "test_acc5": "test/acc5", "test_loss": "test/loss",
         "test_many": "test_shots/many", "test_medium": "test_shots/medium", "test_few": "test_shots/few",
@@ -51,30 +51,30 @@ class Progress:
         self.shown = time.monotonic()
         seconds = (self.shown - self.start) / (self.done - self.before) * (self.total - self.done)
         left = timedelta(seconds=round(seconds))
-        self._print(f"{text}  {self.done / self.total:4.0%}  time left {left}", passing=True)
+        self._print(f"{text}  {self.done / self.total:4.0%}  time left {left}", overwritable=True)
 
     def say(self, text):
         """Print a line that stays."""
         if not self.quiet:
-            self._print(text, passing=False)
+            self._print(text, overwritable=False)
 
-    def _print(self, line, passing):
+    def _print(self, line, overwritable):
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a full line would wrap
-            line = f"\r{line[:width] if passing else line:<{width}}"
-        print(line, end="" if self.terminal and passing else "\n", flush=True)
+            line = f"{line[:width] if overwritable else line:<{width}}"
+        print(line, end="\r" if self.terminal and overwritable else "\n", flush=True)
 
 
-def tolerant(write):
-    """Decorates a method that writes: the first process alone writes, and training goes on where it cannot."""
+def tensorboard(write):
+    """Decorates a method of RunLog that uses its writer. If that fails, training goes on without TensorBoard."""
     @functools.wraps(write)
     def write_or_give_up(self, *args):
         try:
-            if not self.quiet:
+            if self.writer:
                 write(self, *args)
         except OSError as error:
-            print(f"could not write the logs: {error}; training goes on without them", file=sys.stderr, flush=True)
-            self.quiet = True
+            print(f"could not write TensorBoard: {error}; training goes on without it", file=sys.stderr, flush=True)
+            self.writer = None
     return write_or_give_up
 
 
@@ -86,28 +86,31 @@ class RunLog:
     Args:
         suffix: ends the names of this run's event files.
         start: first epoch. TensorBoard drops points from there on, which an interrupted part of the run has left.
+        quiet: for every process but the first.
     """
 
     def __init__(self, output_dir, log_dir, suffix="", start=0, quiet=False):
-        self.path, self.quiet = output_dir / "log.txt", quiet
-        self._open(log_dir, suffix, start)
+        self.path, self.quiet, self.writer = output_dir / "log.txt", quiet, None
+        if not quiet:
+            self.writer = SummaryWriter(str(log_dir), purge_step=1000 * start, filename_suffix=suffix)
 
-    @tolerant
-    def _open(self, log_dir, suffix, start):
-        self.writer = SummaryWriter(str(log_dir), purge_step=1000 * start, filename_suffix=suffix)
-
-    @tolerant
     def write_history(self, history):
-        """Make log.txt hold exactly the epochs of `history` (list of dicts)."""
+        """Make log.txt hold exactly the epochs of `history` (list of dicts). If that fails, the next call may do it."""
         text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history)
-        write_atomically(self.path, text.encode())
+        try:
+            if not self.quiet:
+                write_atomically(self.path, text.encode())
+        except OSError as error:
+            print(f"could not write {self.path}: {error}; training goes on", file=sys.stderr, flush=True)
 
-    @tolerant
-    def scalars(self, values, epoch):
+    @tensorboard
+    def scalars(self, values, epoch, flush=False):
         """Plot `values` (dict from tag to float; None is left out) at `epoch`, which may be fractional."""
         for tag, value in values.items():
             if value is not None:
                 self.writer.add_scalar(tag, value, round(1000 * epoch))
+        if flush:
+            self.writer.flush()
 
     def steps(self, curves, epoch):
         """Plot `curves` (dict from tag to tensor (steps,)) over the epoch."""
@@ -115,19 +118,17 @@ class RunLog:
             for i, value in enumerate(values.tolist()):
                 self.scalars({tag: value}, epoch + (i + 0.5) / len(values))
 
-    @tolerant
     def results(self, stats, epoch):
         """Plot those figures of an epoch that have a tag in TAGS, and flush all that was written."""
-        self.scalars({TAGS[name]: value for name, value in stats.items() if name in TAGS}, epoch + EPOCH_END)
-        self.writer.flush()
+        self.scalars({TAGS[name]: value for name, value in stats.items() if name in TAGS}, epoch + EPOCH_END, True)
 
-    @tolerant
+    @tensorboard
     def image(self, tag, image, epoch):
         """Show `image` at `epoch`: (3, H, W), or (N, 3, H, W) as a sheet; uint8, or float in [0, 1]."""
         add = self.writer.add_image if image.ndim == 3 else self.writer.add_images
         add(tag, image, round(1000 * epoch))
 
-    @tolerant
+    @tensorboard
     def embedding(self, features, metadata, header, thumbnails, epoch):
         """Show `features` (float (N, D)) in TensorBoard's projector, divided by their standard deviation.
 
@@ -136,12 +137,12 @@ class RunLog:
         features = (features.double() / features.std()).round(decimals=3)  # more digits would only make a larger file
         self.writer.add_embedding(features, metadata, thumbnails / 255, epoch, "test_features", header)
 
-    @tolerant
+    @tensorboard
     def close(self, flags=None):
         """Close TensorBoard's file. `flags` (dict), if given, become the run's row of the HPARAMS table."""
         if flags:
             values = {name: value if isinstance(value, int | float) else str(value) for name, value in flags.items()}
-            # Without the first of the three summaries: TensorBoard would take one stage's columns for all stages'.
+            # Skip the first of the three summaries: it would impose the columns of this stage on all runs.
             for summary in hparams(values, {})[1:]:
                 self.writer.file_writer.add_summary(summary)
         self.writer.close()
@@ -199,13 +200,13 @@ def show_predictions(log, epoch, features, logits, test_set, train_set, last):
     log.image("test/accuracy per class", bars, epoch + EPOCH_END)
     log.image("test/confusion", confusion_heatmap(confusion, counts, train_set.classes), epoch + EPOCH_END)
     if last:
-        shown = class_balanced(labels, PROJECTED)
+        shown = class_balanced(labels, PROJECTOR_IMAGES)
         predicted = logits.cpu()[shown].argmax(dim=1)
-        names = [[train_set.classes[c], train_set.classes[p], counts[c]]
-                 for c, p in zip(labels[shown], predicted, strict=True)]
+        metadata = [[train_set.classes[c], train_set.classes[p], counts[c]]
+                    for c, p in zip(labels[shown], predicted, strict=True)]
         thumbnails = torch.from_numpy(test_set.data)[shown].permute(0, 3, 1, 2)
         header = ["class", "predicted class", "training images"]
-        log.embedding(features.cpu()[shown], names, header, thumbnails, epoch + 1)
+        log.embedding(features.cpu()[shown], metadata, header, thumbnails, epoch + 1)
 
 
 def class_balanced(targets, total):

@@ -17,8 +17,8 @@ from util.checkpoint import (
     LATEST,
     load_checkpoint,
     load_encoder,
-    load_newest,
     load_weights,
+    newest_checkpoint,
     restore_optimizer,
     save_checkpoint,
     stage_of,
@@ -29,13 +29,13 @@ from util.output_folder import OutputFolder
 from util.processes import Processes, keep_freed_memory
 from util.reports import Progress, RunLog
 
-PICTURES = 10  # evaluations of a run that TensorBoard shows as pictures
+PICTURES = 10  # epochs of a run whose evaluation TensorBoard shows as pictures
 LATEST_EVERY = 60.0  # seconds; on a GPU, an epoch can be shorter than the writing of its checkpoint
-OF_CHECKPOINT = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
-DATA = ("dataset", "toy_data", "imbalanced_factor")
-SAME_RUN = (*DATA, "num_classes", "model", "input_size", "embed_dim")
-PLACES = RUN_FLAGS | {"data_root", "given"}  # may differ when a run continues, and nothing is said
-OF_DRAW = ("num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed")
+EVAL_FLAGS = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
+DATA_FLAGS = ("dataset", "toy_data", "imbalanced_factor")
+FIXED_FLAGS = (*DATA_FLAGS, "model", "input_size", "embed_dim")  # must not change when a run continues
+SILENT_FLAGS = RUN_FLAGS | {"data_root", "given"}  # may change without a message
+DRAW_FLAGS = ("num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed")
 
 
 class Run:
@@ -55,6 +55,9 @@ class Run:
 
     def __init__(self, args):
         self.args = args
+        classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
+        if args.num_classes != classes:
+            raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
         self.processes = Processes(args.device)
         self.device = self.processes.device
         if args.eval:
@@ -80,7 +83,7 @@ class Run:
     # ------------------------------------------------------------------------------------------ --eval
 
     def _adopt_flags(self):
-        """Set the flags that the user did not give to what the checkpoint of --eval was trained on and with."""
+        """Take the flags that the user did not give from the checkpoint of --eval."""
         args = self.args
         for flag in ("resume", "start_epoch", "overwrite"):
             if flag in args.given:
@@ -89,7 +92,7 @@ class Run:
         given, taken = set(args.given), []
         if "data_root" in given:
             given.add("toy_data")  # real images were asked for
-        for name in OF_CHECKPOINT:
+        for name in EVAL_FLAGS:
             trained = self.evaluated["args"].get(name)
             if trained is None or not hasattr(args, name) or trained == getattr(args, name):
                 continue
@@ -104,42 +107,40 @@ class Run:
     def load_evaluated(self, model):
         """Load the checkpoint of --eval into `model`; refuse one of another stage."""
         source, args = f"--eval {self.args.eval}", self.evaluated["args"]
-        stage = stage_of(self.evaluated)
         # Published files do not say their stage. Any of them that has a linear layer will do.
-        if stage != self.args.stage and ("stage" in args or "lin.weight" not in self.evaluated["model"]):
-            raise UserError(f"{source} holds {_stage_name(stage)}, expected one of {self.args.stage}")
+        if stage_of(self.evaluated) != self.args.stage and (
+                "stage" in args or "lin.weight" not in self.evaluated["model"]):
+            raise UserError(f"{source} holds {_describe_stage(self.evaluated)}, expected one of {self.args.stage}")
         load_weights(model, self.evaluated["model"], source)
 
     # ------------------------------------------------------------------------------------------ before training
 
     def _check_flags(self):
         args = self.args
-        classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
-        if args.num_classes != classes:
-            raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
         if args.warmup_epochs >= args.epochs:
-            self.say(f"--warmup_epochs: {args.warmup_epochs} of --epochs {args.epochs} would leave none, "
-                     f"so {args.epochs // 5} it is")
+            self.say(f"--warmup_epochs: {args.warmup_epochs} of --epochs {args.epochs} would leave no epoch after it; "
+                     f"using {args.epochs // 5}")
             args.warmup_epochs = args.epochs // 5
         if (args.start_epoch or 0) >= args.epochs:
             raise UserError(f"--start_epoch: found {args.start_epoch}, expected less than --epochs {args.epochs}")
         wanted = args.resume or []
-        if len(wanted) > 2 or (len(wanted) == 2 and wanted[0] != "auto") or "auto" in wanted[1:]:
+        self.auto = wanted[:1] == ["auto"]
+        if len(wanted) > 1 + self.auto or "auto" in wanted[1:]:
             raise UserError(f"--resume: found '{' '.join(wanted)}', expected FILE, auto, or auto FILE")
-        if args.overwrite and wanted[:1] == ["auto"]:
+        if args.overwrite and self.auto:
             raise UserError("--overwrite: found together with --resume auto, expected one of the two: to delete "
                             "the run in --output_dir, or to continue it")
 
-    def learning_rate(self, steps):
-        """--lr, or --blr per 256 images of an update. An update never has more steps than an epoch, `steps`."""
+    def learning_rate(self, num_images):
+        """--lr, or --blr per 256 images of an update, which are never more than those of an epoch, `num_images`."""
         args = self.args
-        update = args.batch_size * self.processes.world_size * min(args.accum_iter, steps)
-        lr = args.lr or args.blr * update / 256
+        update = min(args.batch_size * self.processes.world_size * args.accum_iter, num_images)
+        lr = args.lr or float(args.blr * update / 256)
         if args.min_lr > lr:
             raise UserError(f"--min_lr: found {args.min_lr:g}, expected at most the learning rate, {lr:g}")
         return lr
 
-    def updates(self, steps):
+    def updates_per_epoch(self, steps):
         """Updates of the weights in an epoch of `steps`."""
         return math.ceil(steps / self.args.accum_iter)
 
@@ -162,15 +163,15 @@ class Run:
         elif checkpoint:
             load_encoder(model.enc, checkpoint, f"--resume {path}")
             trained = checkpoint["args"]
-            other = [f"{name} {trained[name]}" for name in DATA if trained.get(name) not in (None, getattr(args, name))]
+            other = [f"{name} {trained[name]}" for name in DATA_FLAGS
+                     if trained.get(name) not in (None, getattr(args, name))]
             note = f", which, unlike this run, was trained with {' '.join(other)}" if other else ""
             self.say(f"starting from the encoder of {path}{note}")
         elif not args.resume and args.stage != "pretrain_bns":
             self.say("no --resume: starting from a randomly initialised encoder")
 
-        auto = bool(args.resume) and args.resume[0] == "auto"
         source = path.resolve() if path else None
-        self.processes.from_first(self.folder.claim, source, continues, auto, args.overwrite)
+        self.processes.from_first(self.folder.claim, source, continues, self.auto, args.overwrite)
         self.log = RunLog(self.folder.path, self.folder.log_dir, self.folder.suffix, self.start_epoch, quiet=not first)
         self.log.write_history(self.history)
         self.progress = Progress(args.epochs * steps, self.start_epoch * steps, quiet=not first)
@@ -190,22 +191,18 @@ class Run:
     def _find_checkpoint(self):
         """What --resume names, as (checkpoint, path); (None, None) where there is nothing to resume."""
         wanted = list(self.args.resume or [])
-        if wanted[:1] == ["auto"]:
-            wanted.pop(0)
-            newest, stage = self.processes.from_first(self._newest)
-            if newest and stage != self.args.stage:
-                raise UserError(f"--output_dir: {self.args.output_dir} holds {_stage_name(stage)} ({newest.name}), "
-                                f"expected one of stage {self.args.stage}, or an empty folder")
+        if self.auto:
+            newest = self.processes.from_first(newest_checkpoint, self.folder.checkpoints())
             if newest:
-                wanted = [newest]
-            else:
-                instead = f"starting from {wanted[0]}" if wanted else "starting afresh"
-                self.say(f"--resume auto: no checkpoint in {self.args.output_dir}, {instead}")
+                checkpoint = load_checkpoint(newest)
+                if stage_of(checkpoint) != self.args.stage:
+                    raise UserError(f"--output_dir: {self.args.output_dir} holds {_describe_stage(checkpoint)} "
+                                    f"({newest.name}), expected one of stage {self.args.stage}, or an empty folder")
+                return checkpoint, newest
+            wanted.pop(0)
+            instead = f"starting from {wanted[0]}" if wanted else "starting afresh"
+            self.say(f"--resume auto: no checkpoint in {self.args.output_dir}, {instead}")
         return (load_checkpoint(wanted[0]), Path(wanted[0])) if wanted else (None, None)
-
-    def _newest(self):
-        path, checkpoint = load_newest(self.folder.checkpoints())
-        return path, stage_of(checkpoint) if path else None
 
     def _continue(self, checkpoint, path):
         """Continue the run of a checkpoint. Refuse other data or another model; say which other flags changed."""
@@ -214,9 +211,9 @@ class Run:
             raise UserError(f"{source} was saved amid an epoch by an earlier version, expected one saved after an "
                             "epoch, such as a checkpoint-<epoch>.pth beside it")
         changed = [name for name, value in vars(args).items()
-                   if name in before and before[name] != value and name not in PLACES]
+                   if name in before and before[name] != value and name not in SILENT_FLAGS]
         for name in changed:
-            if name in SAME_RUN:
+            if name in FIXED_FLAGS:
                 raise UserError(f"{source} was trained with --{name} {before[name]}, found --{name} "
                                 f"{getattr(args, name)}; expected the same, or another --output_dir and no --resume")
             self.say(f"--{name}: {before[name]} in the checkpoint, {getattr(args, name)} from here on")
@@ -228,8 +225,8 @@ class Run:
             self.start_epoch = checkpoint.get("epoch", -1) + 1
         self.history = [record for record in checkpoint.get("history", []) if record["epoch"] < self.start_epoch]
         self.subset = checkpoint.get("subset")
-        if set(changed) & set(OF_DRAW):
-            self.subset = None  # drawn by other flags: draw anew at once
+        if set(changed) & set(DRAW_FLAGS) or self.start_epoch != checkpoint.get("epoch", -1) + 1:
+            self.subset = None  # drawn by other flags or for another epoch: draw anew at once
 
     # ------------------------------------------------------------------------------------------ epochs
 
@@ -273,7 +270,7 @@ class Run:
         flags = {name: value for name, value in vars(self.args).items() if name != "given"}
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": epoch,
                  "scaler": self.scaler.state_dict(), "args": flags, "history": self.history, "subset": self.subset}
-        names = [self.folder.final.name] if last else []  # first, so that a run that is over has its final file
+        names = [self.folder.final.name] if last else []  # first: a finished run then always has it
         names.append(f"checkpoint-{epoch}.pth" if numbered else LATEST)
         for name in names:
             path = self.folder.path / name
@@ -302,7 +299,7 @@ class Run:
             self.say(f"nothing left to train: {self.start_epoch} of {args.epochs} epochs were done before")
             if not final.exists():
                 self.processes.from_first(self._save, self.start_epoch - 1, True)
-        self._close({name: value for name, value in vars(args).items() if name not in PLACES})
+        self._close({name: value for name, value in vars(args).items() if name not in SILENT_FLAGS})
         tested = [record for record in self.history if "test_acc1" in record]
         if tested:
             best = max(tested, key=lambda record: record["test_acc1"])
@@ -323,7 +320,8 @@ class Run:
         return self.history
 
 
-def _stage_name(stage):
+def _describe_stage(checkpoint):
+    stage = stage_of(checkpoint)
     return f"a checkpoint of stage {stage}" if stage else "neither projector nor linear layer"
 
 
@@ -345,7 +343,7 @@ def peak_memory(device):
 
 
 class StopSignal:
-    """Notes SIGTERM, Ctrl-C and the closing of the terminal in `signum`, so that the epoch under way can end first.
+    """Remembers SIGTERM, Ctrl-C or SIGHUP (a closed terminal) in `signum`. The run stops after the current epoch.
 
     Another signal, a second or more later, ends the process at once. (Ctrl-C under torchrun arrives twice, from the
     terminal and from torchrun, so signals within a second count as one.) `restore` undoes this.

@@ -68,7 +68,7 @@ class ToyCIFAR:
         if num_classes not in (10, 100):
             raise ValueError(f"num_classes must be 10 or 100, not {num_classes}")
         n_max, n_test, self.shot_thresholds = (500, 100, (50, 20)) if num_classes == 10 else (100, 20, (20, 4))
-        self.num_classes, self.dataset_name = num_classes, f"cifar{num_classes}"
+        self.num_classes = num_classes
         counts = long_tailed_counts(num_classes, n_max, imbalanced_factor)
         self.class_counts = counts if train else np.full(num_classes, n_test)
         self.targets = np.repeat(np.arange(num_classes), self.class_counts).tolist()
