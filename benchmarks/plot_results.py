@@ -26,7 +26,9 @@ Test accuracy at the last epoch, percent: mean ± sample deviation over the seed
 adjusted. Images and core-hours are of one run with its stage 1, whose two views count as two images."""
 ABOUT_STATISTICS = """\
 Mean differences in points with their 95 % intervals: of pairs of runs with the same seed, else Welch's. Where one
-contains 0: how many pairs, or runs of each, would tell in 4 studies of 5, if difference and deviation stay."""
+contains 0: how many pairs, or runs of each, would tell in 4 studies of 5, if difference and deviation stay. That is
+rough: a deviation of three pairs is known within a factor of 0.5 to 6. Seeds vary the later stage only. Each stage 1
+was trained once, so an interval holds for its encoder. One interval in 20 misleads by chance."""
 ABOUT_NEIGHBOURS = "Accuracy of a class-balanced kNN vote on the encoder's features along stage 1, percent."
 
 
@@ -65,9 +67,11 @@ def statistics(study):
         kinds = [(PLAIN, PLAIN, "plain"), (ADJUSTED, ADJUSTED, "adjusted")]
         if ours == theirs:
             kinds = [(ADJUSTED, PLAIN, "adjusted against plain")]
+        elif ours.endswith("adjusted_loss") and not theirs.endswith("adjusted_loss"):  # it leaves nothing to adjust
+            kinds = [(PLAIN, ADJUSTED, "plain against adjusted")]
         for our_kind, their_kind, figures in kinds if seeds[0] else ():
             cells = []
-            for group in ("few", "overall"):
+            for group in GROUPS:
                 our_values = [accuracy(study.runs[ours][seed][-1], group, our_kind) for seed in seeds[0]]
                 their_values = [accuracy(study.runs[theirs][seed][-1], group, their_kind) for seed in seeds[1]]
                 cells.append(difference_cell(*compare(our_values, their_values, paired)))
@@ -75,7 +79,7 @@ def statistics(study):
             name = ours if ours == theirs else f"{ours} against {theirs}"
             if set(cells) != {"–"}:
                 rows.append([name, figures, runs, *cells])
-    return markdown(["difference", "figures", "runs", "few", "overall"], rows)
+    return markdown(["difference", "figures", "runs", *GROUPS], rows)
 
 
 def comparisons(variants):
@@ -83,11 +87,20 @@ def comparisons(variants):
     wanted = []
     for ours in variants:
         encoder, rest = ours.split("-", 1)
-        if "ipdpp" in rest:
+        kind, *changed = rest.split("-")  # such as ipdpp, n100
+        if kind == "ipdpp":
             wanted.append((ours, f"{encoder}-{rest.replace('ipdpp', 'uniform')}", True))
+        if changed:
+            wanted.append((ours, f"{encoder}-{kind}", True))
+        if rest == "ipdpp":
+            wanted += [(ours, f"{encoder}-{other}", True) for other in ("no_sampling", "probe")]
+        if encoder == "eq12":
+            wanted.append((ours, f"bns-{rest}", False))
         if encoder != "scratch":
             everything = "scratch-adjusted_loss" if rest.endswith("adjusted_loss") else "scratch-cross_entropy"
             wanted += [(ours, f"scratch-{rest}", False), (ours, everything, False)]
+        elif rest != "cross_entropy":
+            wanted.append((ours, "scratch-cross_entropy", False))
     wanted += [(ours, ours, True) for ours in variants]
     return [(ours, theirs, paired) for ours, theirs, paired in wanted if theirs in variants]
 
@@ -169,20 +182,32 @@ def draw_neighbours(study, path):
 
 
 def draw_draws(study, path):
-    """Mean p and margin of drawn and left images: means over the seeds and over the classes logged, the largest."""
-    figure, axes = panels(2, subplot_kw={"xlabel": "epoch of the draw"})
-    axes[0].set(ylabel="p of the true label")
-    axes[1].set(ylabel="margin of the true label's logit")
-    shown = [variant for variant in study.later if not re.search(r"-n\d+$", variant)]  # they would crowd it
-    for number, variant in enumerate(shown):
-        for panel, name in zip(axes, ("mean_p", "margin"), strict=True):
-            for side, style in (("drawn", ".-"), ("left", ".--")):
-                values = defaultdict(list)
-                for record in (record for records in study.runs[variant].values() for record in records):
-                    for draw in record.get("drawn", ()):
-                        values[record["epoch"]].append(draw.get(f"{side}_{name}", np.nan))
-                panel.plot(list(values), [np.mean(v) for v in values.values()], style, color=f"C{number % 10}",
-                           label=f"{variant}, {side}" if values else None)
+    """Mean p and margin of drawn and left images: means over the seeds and over the classes logged, the largest.
+
+    The first draw from scratch is left out: its classifier is untrained, and its margins would hide all others.
+    """
+    figure, axes = panels(3, subplot_kw={"xlabel": "epoch of the draw"})
+    axes[0].set(ylabel="p of the true label, mean of the five largest classes")
+    axes[1].set(ylabel="p: drawn minus left images")
+    axes[2].set(ylabel="margin of the true label's logit")
+    colours = colormaps["tab10"]
+    for variant in study.later:
+        if re.search(r"-n\d+$", variant):  # they would crowd it
+            continue
+        values = defaultdict(lambda: defaultdict(list))
+        for record in (record for records in study.runs[variant].values() for record in records):
+            if record["epoch"] > 0 or not variant.startswith("scratch-"):
+                for draw in record.get("drawn", ()):
+                    for name in ("drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin"):
+                        values[name][record["epoch"]].append(draw.get(name, np.nan))
+        curves = {name: np.array([np.mean(v) for v in by_epoch.values()]) for name, by_epoch in values.items()}
+        if not curves:
+            continue
+        colour, epochs = colours(len(axes[1].lines) % 10), list(values["drawn_mean_p"])
+        for panel, name in ((axes[0], "mean_p"), (axes[2], "margin")):
+            panel.plot(epochs, curves[f"drawn_{name}"], ".-", color=colour, label=f"{variant}, drawn")
+            panel.plot(epochs, curves[f"left_{name}"], ".--", color=colour, label=f"{variant}, left")
+        axes[1].plot(epochs, curves["drawn_mean_p"] - curves["left_mean_p"], ".-", color=colour)
     save(figure, path)
 
 

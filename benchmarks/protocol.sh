@@ -10,7 +10,9 @@
 # per core: a run that is under way elsewhere is passed over, and so is one whose stage 1 is missing.
 #
 # RESULTS_FOLDER gets the log of each finished run, VARIANT-seed<number>.txt, and in `commands` a line per part of a
-# run: its command, seconds, hardware and git commit. Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
+# run: its command, seconds (on CPU cores those that they computed, not those that passed), hardware and git commit.
+# Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>. Copy that folder with `cp -a`: a part that was killed
+# counts until its log was written last.
 # Variables, with their defaults:
 : "${IF:=100}"            # imbalance factors; each takes the place of {IF} in RESULTS_FOLDER: 'results/cifar10_if{IF}'
 : "${SEEDS:=42 43 44}"    # of the later stages; runs marked $two below take the first two
@@ -30,7 +32,7 @@ recipe() {
     run bns-ipdpp                   "$SEEDS"  finetune_ipdpp bns
     run bns-uniform                 "$SEEDS"  finetune_ipdpp bns      --ipdpp_sampler uniform
     run bns-no_sampling             "$two"    finetune_ipdpp bns      --ipdpp_sampler none --epochs "$(epochs_for all)"
-    run scratch-uniform             "$two"    finetune_ipdpp -        --ipdpp_sampler uniform
+    run scratch-uniform             "$SEEDS"  finetune_ipdpp -        --ipdpp_sampler uniform
     run scratch-cross_entropy       "$two"    finetune_ipdpp -        --ipdpp_sampler none --epochs 200
 
     # More. How many images to keep of a class, at the same number of images seen:
@@ -67,50 +69,65 @@ run() {  # run VARIANT SEEDS STAGE ENCODER [flags]: those of its runs that RUNS 
     for seed in $seeds; do
         for pattern in $RUNS; do
             if [[ $variant == $pattern || $variant-seed$seed == $pattern ]]; then
-                chosen=yes
-                train "$variant-seed$seed" "$@" --seed "$seed"
-                break
+                chosen+=" $pattern "
+                [ "$dry" ] || { train "$variant-seed$seed" "$@" --seed "$seed"; break; }
             fi
         done
     done
 }
 
 train() {  # train NAME STAGE ENCODER FLAGS: until it is over, from where an earlier part of it stopped
-    local name=$1 stage=$2 encoder=$3 folder=$OUT/$results/$1 code=0 extractor=""
+    local name=$1 stage=$2 encoder=$3 folder=$OUT/$results/$1 code=0 extractor="" earlier began computed_before seconds
     shift 3
     exec 9> "$folder.lock"  # held until the next run's, by python too, should it outlive this script
     flock -n 9 || { echo "$name: passed over: under way elsewhere"; return; }
-    [ -f "$results/$name.txt" ] && return
-    # A part that was killed together with this script ended, as far as is known, when its log was written last.
-    [ "$folder/log.txt" -nt "$folder.began" ] && write_down "$name" "$(stat -c %Y "$folder/log.txt")" ", stopped"
-    if [ "$encoder" != - ]; then
-        extractor=$encoder-seed0/pretrain_bns_${dataset}_if$factor.pth
-        [ -f "$OUT/$results/$extractor" ] || { echo "$name: passed over: no $OUT/$results/$extractor"; return; }
-    fi
-
+    [ "$encoder" = - ] || extractor=$encoder-seed0/pretrain_bns_${dataset}_if$factor.pth
     set -- "main_${dataset}_$stage.py" --imbalanced_factor "$factor" "${flags[@]}" "$@"
     case $stage in
         pretrain_bns) set -- "$@" $BNS --resume auto ;;
         *) set -- "$@" --eval_freq 10 $LATER --resume auto ;;
     esac
-    # Written down without this machine's paths.
-    printf '%s\n' "$(date +%s)" "$ON, commit $(commit | xargs)" "$* $extractor" > "$folder.began"
-    echo "+ $* $extractor"
-    python "$@" ${extractor:+"$OUT/$results/$extractor"} --data_root "$data" --output_dir "$folder" || code=$?
-    if [ $code != 0 ]; then
-        write_down "$name" "$(date +%s)" ", stopped"
-        exit $code
+    local command="$*${extractor:+ $extractor}"  # without this machine's paths
+    # A part that was killed together with this script ended, as far as is known, when its log was written last.
+    if [ "$folder/log.txt" -nt "$folder.began" ] && [ -f "$folder.began" ]; then
+        write_down "$name" $(($(stat -c %Y "$folder/log.txt") - $(head -1 "$folder.began"))) ", stopped"
     fi
-    write_down "$name" "$(date +%s)" ""
-    cp "$folder/log.txt" "$results/$name.txt"
+    earlier=$(grep "^$name: " "$results/commands" 2> /dev/null | tail -1) || true
+    [[ -z $earlier || $earlier == "$name: $command ("* ]] ||
+        fail "$name was run by other flags, expected those, or another folder: $earlier"
+    [ -f "$results/$name.txt" ] && return
+    if [ "$extractor" ] && [ ! -f "$OUT/$results/$extractor" ]; then
+        echo "$name: passed over: no $OUT/$results/$extractor"
+        return
+    fi
+
+    printf '%s\n' "$(date +%s)" "$ON, commit $(commit | xargs)" "$command" > "$folder.began"
+    echo "+ $command"
+    began=$(date +%s)
+    count_computed
+    computed_before=$computed
+    python "$@" ${extractor:+"$OUT/$results/$extractor"} --data_root "$data" --output_dir "$folder" || code=$?
+    count_computed
+    seconds=$(($(date +%s) - began))
+    [[ $ON == *" core" ]] && seconds=$(((computed - computed_before) / ${ON% core}))
+    [ $code = 0 ] || { write_down "$name" $seconds ", stopped"; exit $code; }
+    write_down "$name" $seconds ""
+    cp "$folder/log.txt" "$results/.$name.copy"
+    mv "$results/.$name.copy" "$results/$name.txt"  # never half of it
 }
 
-write_down() {  # write_down NAME END HOW: add the part that began last to `commands`; END in seconds since 1970
-    local began=$OUT/$results/$1.began start where command
-    [ -f "$began" ] || return 0
-    { read -r start; read -r where; read -r command; } < "$began"
-    echo "$1: $command ($(($2 - start)) s on $where$3)" >> "$results/commands"
+write_down() {  # write_down NAME SECONDS HOW: add the part that began last to `commands`
+    local began=$OUT/$results/$1.began where command
+    { read -r; read -r where; read -r command; } < "$began"
     rm "$began"
+    echo "$1: $command ($2 s on $where$3)" >> "$results/commands"
+}
+
+count_computed() {  # set `computed` to the seconds of CPU time of all that this script has waited for
+    local file=$OUT/$results/.times.$$
+    times > "$file"  # in $(...) they would be those of the subshell
+    computed=$(awk -F'[ms ]+' 'NR == 2 { printf "%d", 60 * $1 + $2 + 60 * $3 + $4 }' "$file")
+    rm "$file"
 }
 
 commit() {
@@ -119,6 +136,7 @@ commit() {
 }
 
 [ $# -ge 3 ] || fail "expected cifar10 or cifar100, the folder of CIFAR and the folder for the results"
+[[ $ON =~ ^[1-9][0-9]*\ [^,]+$ ]] || fail "ON: found '$ON', expected a number and a name, such as '1 H100'"
 dataset=$1 data=$2 folders=$3
 shift 3
 flags=("$@")
@@ -132,8 +150,13 @@ for factor in $IF; do
     results=${folders//"{IF}"/$factor} variants="" chosen=""
     [[ $results/ =~ ${dataset}_if${factor}[^0-9.] ]] ||
         fail "found '$results', expected a name with ${dataset}_if$factor"
+    dry=yes
+    recipe
+    for pattern in $RUNS; do
+        [[ $chosen == *" $pattern "* ]] || fail "RUNS: found '$pattern', expected some of:$variants"
+    done
+    dry=""
     mkdir -p "$results" "$OUT/$results"
     recipe
-    [ "$chosen" ] || fail "RUNS='$RUNS' is none of:$variants"
-    python benchmarks/plot_results.py "$results"
+    [ -z "$(find "$results" -name '*-seed*.txt')" ] || python benchmarks/plot_results.py "$results"
 done

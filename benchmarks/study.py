@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats  # dppy brings it
 
 PLAIN, ADJUSTED, KNN = "test_", "test_adjusted_", "knn_"  # what the names of a log's accuracies begin with
-PART = re.compile(r"(\S+): .*\((\d+) s on (\d+) (.+), commit [^,]*?(, stopped)?\)")
+PART = re.compile(r"(\S+): .*\((\d+) s on (\d+) (.+), commit ([^,]*?)(, stopped)?\)")
 MOST_SEEDS = 1000
 
 
@@ -34,6 +34,7 @@ class Study:
     def __init__(self, folder):
         self.runs, self.notes = {}, []
         self.hours = defaultdict(Counter)  # of a run, by hardware
+        self.commits = set()
         stopped = self._read_commands(folder / "commands")
         found = defaultdict(dict)
         for path in sorted(folder.glob("*-seed*.txt")):
@@ -56,6 +57,11 @@ class Study:
         self.notes += [f"No finished stage 1 `{encoder}`: what it costs is missing in the rows of `{encoder}-...`."
                        for encoder in sorted({variant.split("-")[0] for variant in self.later})
                        if encoder not in ("scratch", *self.stages1)]
+        names = [f"{variant}-seed{seed}" for variant, runs in self.runs.items() for seed in runs]
+        self.notes += [f"No hours in `commands`, so left out of the mean: {name}."
+                       for name in names if name not in self.hours]
+        if len(self.commits) > 1:
+            self.notes.append(f"Parts of the runs were trained at several commits: {', '.join(sorted(self.commits))}.")
 
     def _read_commands(self, path):
         """Add up the hours of each run's parts. Returns the names of the runs whose last part was stopped."""
@@ -65,7 +71,8 @@ class Study:
             if not part:
                 self.notes.append(f"Not understood, so its hours are missing, in `commands`: {line}")
                 continue
-            name, seconds, number, hardware, end = part.groups()
+            name, seconds, number, hardware, commit, end = part.groups()
+            self.commits.add(commit)
             self.hours[name][hardware] += int(seconds) * int(number) / 3600
             stopped[name] = end is not None
         return {name for name in stopped if stopped[name]}
@@ -95,9 +102,10 @@ class Study:
     def cost(self, variant):
         """Mean hours of a run, by hardware, its stage 1 included."""
         total = self.cost(self.before(variant)) if self.before(variant) else Counter()
-        for seed in self.runs[variant]:
-            for hardware, hours in self.hours[f"{variant}-seed{seed}"].items():
-                total[hardware] += hours / len(self.runs[variant])
+        known = [name for name in (f"{variant}-seed{seed}" for seed in self.runs[variant]) if name in self.hours]
+        for name in known:
+            for hardware, hours in self.hours[name].items():
+                total[hardware] += hours / len(known)
         return total
 
 

@@ -25,8 +25,8 @@ from util.errors import UserError  # noqa: E402
 
 TOY = ["--toy_data", "--model", "test_resnet", "--input_size", "16", "--device", "cpu"]
 CORE = ["bns-seed0", *(f"bns-{name}-seed{seed}" for name in ("probe", "ipdpp", "uniform") for seed in (42, 43, 44)),
-        *(f"{name}-seed{seed}" for name in ("bns-no_sampling", "scratch-uniform", "scratch-cross_entropy")
-          for seed in (42, 43))]
+        "bns-no_sampling-seed42", "bns-no_sampling-seed43", *(f"scratch-uniform-seed{seed}" for seed in (42, 43, 44)),
+        "scratch-cross_entropy-seed42", "scratch-cross_entropy-seed43"]
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -109,9 +109,12 @@ def test_tables(folder, capsys):
         "| 52.0 ± 2.0 | 50.0 ± 0.0 | 52.0 ± 2.0 | 52.0 ± 2.0 | 98 k | 2.50 |",
         "| scratch-cross_entropy | 2 | 85.0 ± 1.4 | 50.0 ± 0.0 | 21.2 ± 0.4 | 42.5 ± 0.7 "
         "| 43.5 ± 0.7 | 50.0 ± 0.0 | 43.5 ± 0.7 | 43.5 ± 0.7 | 3.00 M | 0.50 H100 |",
-        "| bns-ipdpp against bns-uniform | plain | 3 pairs | +0.5 (-0.7 to +1.7; 10 would tell) "
+        "| bns-ipdpp against bns-uniform | plain | 3 pairs | +2.0 (-3.0 to +7.0; 10 would tell) "
+        "| +0.0 (+0.0 to +0.0; over 1000 would tell) | +0.5 (-0.7 to +1.7; 10 would tell) "
         "| +1.0 (-1.5 to +3.5; 10 would tell) |",
-        "| bns-ipdpp | adjusted against plain | 3 pairs | +31.0 (+28.5 to +33.5) | +10.0 (+10.0 to +10.0) |",
+        "| bns-ipdpp | adjusted against plain | 3 pairs | -32.0 (-37.0 to -27.0) "
+        "| +0.0 (+0.0 to +0.0; over 1000 would tell) | +31.0 (+28.5 to +33.5) | +10.0 (+10.0 to +10.0) |",
+        "Parts of the runs were trained at several commits: abc1234, def5678 with changes.",
         "| bns | 4 | 40.0 | – | 10.0 | 30.0 | 96 k | 2.00 |",
     ):
         assert line in printed, line
@@ -138,7 +141,10 @@ def test_tables_of_odd_studies(folder, tmp_path, capsys):
         "Unfinished, so left out: scratch-adjusted_loss-seed42, 0 epochs.",
         "No finished stage 1 `eq12`: what it costs is missing in the rows of `eq12-...`.",
         "| eq12-ipdpp | 1 | 60.0 | – | 15.0 | 30.0 | – | – | – | – | 2 k | 0.50 |",
-        "| eq12-ipdpp against scratch-cross_entropy | plain | 1 and 2 | -6.2 (too few runs) | -12.5 (too few runs) |",
+        "| eq12-ipdpp against scratch-cross_entropy | plain | 1 and 2 | -25.0 (too few runs) | – "
+        "| -6.2 (too few runs) | -12.5 (too few runs) |",
+        "| eq12-ipdpp against bns-ipdpp | plain | 1 and 3 | -24.0 (too few runs) | – | -6.0 (too few runs) "
+        "| -12.0 (too few runs) |",
     ):
         assert line in printed, line
     assert "| bns-probe" not in printed and "| bns-uniform | 3 |" in printed and "| eq12-ipdpp | adj" not in printed
@@ -346,8 +352,8 @@ def test_stopped_and_killed_runs_go_on_and_add_up_their_time(protocol, tmp_path)
     results, folder = tmp_path / "results" / "cifar10_if100", tmp_path / f"out/{tmp_path}/results/cifar10_if100"
     assert stopped.returncode == 143 and not (results / "bns-seed0.txt").exists()
     # The next part is killed with the script, 100 s after its start, when it has just written its log.
-    now = int(time.time())
-    (folder / "bns-seed0.began").write_text(f"{now - 100}\n2 core, commit abc1234\nmain_x.py\n")
+    now, command = int(time.time()), re.search("main_.*(?= \\()", (results / "commands").read_text())[0]
+    (folder / "bns-seed0.began").write_text(f"{now - 100}\n2 core, commit abc1234\n{command}\n")
     os.utime(folder / "bns-seed0.began", (now - 100, now - 100))
     os.utime(folder / "bns-seed0" / "log.txt", (now - 1, now - 1))
     assert protocol(RUNS="bns").returncode == 0
@@ -355,6 +361,27 @@ def test_stopped_and_killed_runs_go_on_and_add_up_their_time(protocol, tmp_path)
     assert [part[-1] for part in parts] == [", stopped", ", stopped", None]
     assert parts[1][:4] == ("bns-seed0", "99", "2", "core")
     assert (results / "bns-seed0.txt").exists() and not list(folder.glob("*.began"))
+
+
+def test_time_on_cores_is_what_was_computed_and_elsewhere_what_passed(protocol, tmp_path):
+    stub = tmp_path / "bin" / "python"
+    stub.write_text(stub.read_text().replace("mkdir", "sleep 2\nmkdir"))
+    protocol(RUNS="scratch-uniform", SEEDS="1")
+    protocol(RUNS="scratch-uniform", SEEDS="2", ON="1 H100")
+    commands = (tmp_path / "results" / "cifar10_if100" / "commands").read_text()
+    seconds = [int(PART.fullmatch(line)[2]) for line in commands.splitlines()]
+    assert seconds[0] < 2 <= seconds[1]
+    stub.write_text(stub.read_text().replace("sleep 2", "for i in {1..1000000}; do :; done"))
+    protocol(RUNS="scratch-uniform", SEEDS="3")
+    assert int(PART.fullmatch((tmp_path / "results/cifar10_if100/commands").read_text().splitlines()[-1])[2]) >= 1
+
+
+def test_other_flags_in_the_folder_of_a_run_are_refused(protocol, tmp_path):
+    assert protocol(RUNS="bns", BNS="--epochs 200", STOP="bns-seed0").returncode == 143
+    for _ in range(2):  # of a stopped run and of a finished one
+        done = protocol(RUNS="bns", BNS="--epochs 1000")
+        assert done.returncode == 2 and "bns-seed0 was run by other flags" in done.stderr and done.calls == []
+        assert protocol(RUNS="bns", BNS="--epochs 200").returncode == 0
 
 
 def test_runs_that_cannot_be_had_are_passed_over(protocol, tmp_path):
@@ -368,7 +395,8 @@ def test_runs_that_cannot_be_had_are_passed_over(protocol, tmp_path):
 
 def test_factors_seeds_and_mistakes(protocol):
     done = protocol(folder="results/cifar10_if{IF}_x", IF="10 100", RUNS="scratch-*", SEEDS="7 8 9")
-    assert [call.split()[2] for call in done.calls] == ["10"] * 6 + ["100"] * 6  # two seeds of three variants
-    for wrong in (dict(IF="10"), dict(dataset="cifar100"), dict(dataset="mnist"), dict(RUNS="bns-other")):
+    assert [call.split()[2] for call in done.calls] == ["10"] * 7 + ["100"] * 7
+    for wrong in (dict(IF="10"), dict(dataset="cifar100"), dict(dataset="mnist"), dict(RUNS="bns bns-other"),
+                  dict(ON="H100"), dict(ON="1.5 core")):
         done = protocol(**wrong)
         assert done.returncode == 2 and done.stderr.startswith("protocol.sh: ") and done.calls == []
