@@ -42,6 +42,12 @@ recipe() {
         run bns-uniform-n$n         "$SEEDS"  finetune_ipdpp bns      --num_samples $n --epochs "$(epochs_for $n)" \
             --ipdpp_sampler uniform
     done
+    # A higher learning rate, which from scratch at least learns faster than the default of 2.5e-4:
+    run scratch-uniform-lr0.001     "$two"    finetune_ipdpp -        --ipdpp_sampler uniform --lr 0.001
+    run bns-uniform-lr0.001         "$SEEDS"  finetune_ipdpp bns      --ipdpp_sampler uniform --lr 0.001
+    run bns-ipdpp-lr0.001           "$SEEDS"  finetune_ipdpp bns      --lr 0.001
+    run scratch-cross_entropy-lr0.001 "$two"  finetune_ipdpp -        --ipdpp_sampler none --epochs 200 --lr 0.001
+    # Other forms of the method:
     run bns-ipdpp-n2_kernel         "$SEEDS"  finetune_ipdpp bns      --ipdpp_kernel published
     run bns-ipdpp-adjusted_loss     "$SEEDS"  finetune_ipdpp bns      --loss logit_adjusted
     run scratch-adjusted_loss       "$two"    finetune_ipdpp -        --loss logit_adjusted --ipdpp_sampler none \

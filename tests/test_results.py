@@ -341,8 +341,9 @@ def test_scripts_know_all_flags(dataset, protocol):
         args = parser.parse_args(flags)
         assert args.imbalanced_factor == 50 and args.resume[0] == "auto"
     numbers = ("100", "200", "1000") if dataset == "cifar10" else ("10", "20", "100")
-    assert names(done.calls)[-12:] == [
+    assert names(done.calls)[-16:] == [
         *(f"bns-{sampler}-n{number}-seed1" for number in numbers for sampler in ("ipdpp", "uniform")),
+        *(f"{name}-lr0.001-seed1" for name in ("scratch-uniform", "bns-uniform", "bns-ipdpp", "scratch-cross_entropy")),
         "bns-ipdpp-n2_kernel-seed1", "bns-ipdpp-adjusted_loss-seed1", "scratch-adjusted_loss-seed1", "eq12-seed0",
         "eq12-probe-seed1", "eq12-ipdpp-seed1"]
 
@@ -395,7 +396,7 @@ def test_runs_that_cannot_be_had_are_passed_over(protocol, tmp_path):
 
 def test_factors_seeds_and_mistakes(protocol):
     done = protocol(folder="results/cifar10_if{IF}_x", IF="10 100", RUNS="scratch-*", SEEDS="7 8 9")
-    assert [call.split()[2] for call in done.calls] == ["10"] * 7 + ["100"] * 7
+    assert [call.split()[2] for call in done.calls] == ["10"] * 11 + ["100"] * 11
     for wrong in (dict(IF="10"), dict(dataset="cifar100"), dict(dataset="mnist"), dict(RUNS="bns bns-other"),
                   dict(ON="H100"), dict(ON="1.5 core")):
         done = protocol(**wrong)
