@@ -17,7 +17,7 @@
 : "${IF:=100}"            # imbalance factors; each takes the place of {IF} in RESULTS_FOLDER: 'results/cifar10_if{IF}'
 : "${SEEDS:=42 43 44}"    # of the later stages; runs marked $two below take the first two
 : "${BNS:=}"              # flags of stage 1, which otherwise is the paper's: 1000 epochs
-: "${LATER:=}"            # flags of every later stage, to try things out; a study leaves these stages as they are
+: "${LATER:=}"            # flags of every later stage, such as '--lr 0.001'; else they are the paper's
 : "${RUNS:=bns bns-probe bns-ipdpp bns-uniform bns-no_sampling scratch-uniform scratch-cross_entropy}"  # or 'bns-*'
 : "${OUT:=output_dir}"    # where checkpoints go
 : "${ON:=$(nproc) core}"  # hardware of a run, for its cost (nproc knows taskset and OMP_NUM_THREADS); else ON="1 H100"
@@ -42,11 +42,13 @@ recipe() {
         run bns-uniform-n$n         "$SEEDS"  finetune_ipdpp bns      --num_samples $n --epochs "$(epochs_for $n)" \
             --ipdpp_sampler uniform
     done
-    # A higher learning rate, which from scratch at least learns faster than the default of 2.5e-4:
-    run scratch-uniform-lr0.001     "$two"    finetune_ipdpp -        --ipdpp_sampler uniform --lr 0.001
-    run bns-uniform-lr0.001         "$SEEDS"  finetune_ipdpp bns      --ipdpp_sampler uniform --lr 0.001
-    run bns-ipdpp-lr0.001           "$SEEDS"  finetune_ipdpp bns      --lr 0.001
-    run scratch-cross_entropy-lr0.001 "$two"  finetune_ipdpp -        --ipdpp_sampler none --epochs 200 --lr 0.001
+    # Learning rates: the paper's, and a higher one.
+    local lr
+    for lr in 0.00025 0.001; do
+        run bns-ipdpp-lr$lr         "$SEEDS"  finetune_ipdpp bns      --lr $lr
+        run bns-uniform-lr$lr       "$SEEDS"  finetune_ipdpp bns      --lr $lr --ipdpp_sampler uniform
+        run scratch-uniform-lr$lr   "$two"    finetune_ipdpp -        --lr $lr --ipdpp_sampler uniform
+    done
     # Other forms of the method:
     run bns-ipdpp-n2_kernel         "$SEEDS"  finetune_ipdpp bns      --ipdpp_kernel published
     run bns-ipdpp-adjusted_loss     "$SEEDS"  finetune_ipdpp bns      --loss logit_adjusted
@@ -88,11 +90,11 @@ train() {  # train NAME STAGE ENCODER FLAGS: until it is over, from where an ear
     exec 9> "$folder.lock"  # held until the next run's, by python too, should it outlive this script
     flock -n 9 || { echo "$name: passed over: under way elsewhere"; return; }
     [ "$encoder" = - ] || extractor=$encoder-seed0/pretrain_bns_${dataset}_if$factor.pth
-    set -- "main_${dataset}_$stage.py" --imbalanced_factor "$factor" "${flags[@]}" "$@"
     case $stage in
-        pretrain_bns) set -- "$@" $BNS --resume auto ;;
-        *) set -- "$@" --eval_freq 10 $LATER --resume auto ;;
+        pretrain_bns) set -- "$@" $BNS ;;
+        *) set -- --eval_freq 10 $LATER "$@" ;;  # the variant's own flags win
     esac
+    set -- "main_${dataset}_$stage.py" --imbalanced_factor "$factor" "${flags[@]}" "$@" --resume auto
     local command="$*${extractor:+ $extractor}"  # without this machine's paths
     # A part that was killed together with this script ended, as far as is known, when its log was written last.
     if [ "$folder/log.txt" -nt "$folder.began" ] && [ -f "$folder.began" ]; then

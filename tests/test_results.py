@@ -317,7 +317,7 @@ def test_core_runs(protocol, tmp_path):
                                     f"--data_root /data --output_dir {out}/bns-seed0")
     start = f"--resume auto {out}/bns-seed0/pretrain_bns_cifar10_if100.pth"
     assert by_name["bns-no_sampling-seed43"] == (
-        f"main_cifar10_finetune_ipdpp.py {common} --ipdpp_sampler none --epochs 27 --seed 43 --eval_freq 10 {start} "
+        f"main_cifar10_finetune_ipdpp.py {common} --eval_freq 10 --ipdpp_sampler none --epochs 27 --seed 43 {start} "
         f"--data_root /data --output_dir {out}/bns-no_sampling-seed43")
     assert "--epochs" not in by_name["bns-ipdpp-seed42"]
     assert f"--resume auto {out}" not in by_name["scratch-uniform-seed42"]
@@ -341,9 +341,10 @@ def test_scripts_know_all_flags(dataset, protocol):
         args = parser.parse_args(flags)
         assert args.imbalanced_factor == 50 and args.resume[0] == "auto"
     numbers = ("100", "200", "1000") if dataset == "cifar10" else ("10", "20", "100")
-    assert names(done.calls)[-16:] == [
+    assert names(done.calls)[-18:] == [
         *(f"bns-{sampler}-n{number}-seed1" for number in numbers for sampler in ("ipdpp", "uniform")),
-        *(f"{name}-lr0.001-seed1" for name in ("scratch-uniform", "bns-uniform", "bns-ipdpp", "scratch-cross_entropy")),
+        *(f"{name}-lr{lr}-seed1" for lr in ("0.00025", "0.001") for name in ("bns-ipdpp", "bns-uniform",
+                                                                             "scratch-uniform")),
         "bns-ipdpp-n2_kernel-seed1", "bns-ipdpp-adjusted_loss-seed1", "scratch-adjusted_loss-seed1", "eq12-seed0",
         "eq12-probe-seed1", "eq12-ipdpp-seed1"]
 
