@@ -204,9 +204,9 @@ def check_tables(document, root=ROOT):
     return compared
 
 
-@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
-def test_documents_state_what_the_logs_say(name):
-    check_tables(ROOT / name)
+def test_documents_state_what_the_logs_say():
+    check_tables(ROOT / "README.md")
+    assert check_tables(ROOT / "RESULTS.md") > 0
 
 
 def test_altered_figures_are_found(folder):
