@@ -365,6 +365,7 @@ def test_stopped_and_killed_runs_go_on_and_add_up_their_time(protocol, tmp_path)
     assert (results / "bns-seed0.txt").exists() and not list(folder.glob("*.began"))
 
 
+@pytest.mark.slow
 def test_time_on_cores_is_what_was_computed_and_elsewhere_what_passed(protocol, tmp_path):
     stub = tmp_path / "bin" / "python"
     stub.write_text(stub.read_text().replace("mkdir", "sleep 2\nmkdir"))
@@ -378,6 +379,7 @@ def test_time_on_cores_is_what_was_computed_and_elsewhere_what_passed(protocol, 
     assert int(PART.fullmatch((tmp_path / "results/cifar10_if100/commands").read_text().splitlines()[-1])[2]) >= 1
 
 
+@pytest.mark.slow
 def test_other_flags_in_the_folder_of_a_run_are_refused(protocol, tmp_path):
     assert protocol(RUNS="bns", BNS="--epochs 200", STOP="bns-seed0").returncode == 143
     for _ in range(2):  # of a stopped run and of a finished one
