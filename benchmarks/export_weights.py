@@ -27,8 +27,8 @@ def main(args):
         if not path.name.startswith(f"{flags.get('stage')}_{flags.get('dataset')}_if"):
             raise UserError(f"FILE: found {path.name}, expected a final file, <stage>_<dataset>_if<factor>.pth")
         target = args.folder / path.name
-        if target.exists() and target.samefile(path):
-            raise UserError(f"FOLDER: {args.folder} holds {path.name} itself, expected another folder")
+        if target.exists():
+            raise UserError(f"FOLDER: {args.folder} holds a {path.name} already, expected none")
         save_checkpoint({"model": checkpoint["model"], "epoch": checkpoint["epoch"], "args": flags}, target)
         print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
 
