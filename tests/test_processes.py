@@ -1,5 +1,6 @@
 """Two processes over gloo against one, with the environment of torchrun, of SLURM, and under torchrun itself."""
 import functools
+import importlib
 import os
 import platform
 import re
@@ -199,6 +200,19 @@ def test_mistake_found_in_one_process_is_told_by_it_and_ends_all(rank, tmp_path)
     assert codes[rank] == 2 and codes[1 - rank] != 0
     assert lines == ["main_cifar10_lineprob_bns.py: error: a file is not there" + (" (process 1)" if rank else "")]
     assert load_checkpoint(tmp_path / "checkpoint-latest.pth")["epoch"] == 0
+
+
+def break_the_draw():
+    def overflow(*_):
+        raise FloatingPointError("the draw overflows")
+    importlib.import_module("main_cifar10_finetune_ipdpp").draw_subset = overflow
+
+
+@pytest.mark.slow
+def test_any_error_of_what_the_first_process_does_for_all_ends_all(tmp_path):
+    first, second = pair("finetune_ipdpp", tmp_path, "--epochs", 3, prepare=break_the_draw)
+    assert (first.end(), second.end()) == (1, 2)
+    assert first.says("FloatingPointError: the draw overflows") and not second.says("Error")
 
 
 @pytest.mark.slow

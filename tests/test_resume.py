@@ -1,5 +1,6 @@
 """A run that was killed, stopped or changed goes on as it should: at the start of an epoch, as if nothing had been."""
 import functools
+import importlib
 import json
 import os
 import random
@@ -180,6 +181,24 @@ def test_start_epoch_repeats_no_epoch_of_a_run_that_began_late(quick_runs, tmp_p
     run(LINEPROB, tmp_path, *flags, "--epochs", 4, "--start_epoch", 2)
     run(LINEPROB, tmp_path, *flags, "--epochs", 5, "--start_epoch", 3, "--resume", tmp_path / "checkpoint-3.pth")
     assert epochs(tmp_path) == [2, 3, 4]
+
+
+def test_model_with_a_parameter_that_is_never_used(quick_runs, tmp_path, monkeypatch, capsys):
+    script = importlib.import_module(FINETUNE)
+    create = script.create_encoder
+
+    def with_unused(*args):
+        encoder = create(*args)
+        encoder.unused = torch.nn.Parameter(torch.ones(3))
+        return encoder
+
+    monkeypatch.setattr(script, "create_encoder", with_unused)
+    for folder, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
+        run(FINETUNE, tmp_path / folder, "--num_samples", 5, "--epochs", epochs, "--lr", 0.01, "--warmup_epochs", 0,
+            "--min_lr", 0.01, "--resume", "auto")
+    assert "starts afresh" not in capsys.readouterr().out
+    whole, parts = (load_checkpoint(tmp_path / folder / "checkpoint-1.pth")["model"] for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_start_epoch_draws_for_itself(quick_runs, tmp_path):

@@ -54,6 +54,7 @@ def test_progress_fits_a_line_of_the_terminal(columns, tmp_path):
     run.wait_until(lambda: terminal.shows("\nwrote "))
     assert run.end() == 0, terminal.text
     lines = terminal.text.split("\r\n")
+    assert not any(line.startswith("\r") for line in lines)  # what comes next, an error too, begins at the left
     passing = [text for line in lines for text in line.split("\r")[:-1] if text]
     assert len(passing) >= 2 and all(re.match(r"epoch \d  step \d/5  loss \d.* time left", text) for text in passing)
     assert {len(text) for text in passing} == {columns - 1}  # what was there is overwritten, and nothing wraps

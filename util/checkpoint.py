@@ -119,13 +119,14 @@ def load_encoder(encoder, checkpoint, source):
 def restore_optimizer(optimizer, checkpoint, source):
     """Load AdamW's moments. Learning rate and weight decay stay what the flags say.
 
-    Where the saved moments do not fit all parameters, none is loaded, and a line says so.
+    Where the saved moments do not fit the parameters, none is loaded, and a line says so.
     """
     groups = optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = {index: parameter.shape for index, parameter in enumerate(
+        parameter for group in optimizer.param_groups for parameter in group["params"])}
     state = (checkpoint.get("optimizer") or {}).get("state", {})
     found = {index: moments["exp_avg"].shape for index, moments in state.items() if "exp_avg" in moments}
-    if found != {index: parameter.shape for index, parameter in enumerate(parameters)}:
+    if not found or not found.items() <= shapes.items():  # a parameter that no gradient has reached has no moments
         print(f"{source}: the saved optimiser state does not fit this model; the optimiser starts afresh", flush=True)
         return
     optimizer.load_state_dict({"state": state, "param_groups": groups})
