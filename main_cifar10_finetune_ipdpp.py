@@ -6,7 +6,7 @@ r"""Stage 2 on CIFAR-10-LT: fine-tune the features of stage 1 on subsets drawn b
 The encoder starts from the checkpoint of stage 1, and a new linear layer starts at random. Each class of more than
 --num_samples images is cut to that number; smaller classes stay whole. IP-DPP prefers images whose true label gets a
 low probability from the current model (clean images, eval mode). It draws before the first epoch and then every
---sampling_freq epochs. The first draw is nearly uniform, since the linear layer is untrained. Each epoch trains the
+--sampling_freq epochs. The first draw says little, since the linear layer is untrained. Each epoch trains the
 whole network on one augmented view of every drawn image. The last epoch also writes
 finetune_ipdpp_cifar10_if<factor>.pth.
 
@@ -86,7 +86,7 @@ def main(args):
     subset = torch.arange(len(images)) if args.ipdpp_sampler == "none" else run.subset
     if args.ipdpp_sampler == "mcmc":
         run.say(f"--mcmc_steps {args.mcmc_steps}: the chain mixes in about {mixing_steps(args.num_samples)} steps; "
-                "far fewer give nearly uniform draws")
+                "after far fewer, draws lie between uniform and exact ones")
     for epoch in range(run.start_epoch, args.epochs):
         # Draw before the first epoch and every --sampling_freq epochs, but not before the last.
         redraw = (epoch + 1) % args.sampling_freq == 0 and epoch < args.epochs - 1

@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import os
 import pickle
+import socket
 import tarfile
 import threading
 
@@ -190,7 +191,9 @@ def test_absent_without_download(fake, tmp_path):
 
 
 def test_absent_without_network(fake, tmp_path):
+    timeout = socket.getdefaulttimeout()
     refusal(fake[0], tmp_path / "elsewhere" / "data", download=True)
+    assert socket.getdefaulttimeout() == timeout
     assert not (tmp_path / "elsewhere").exists()
 
 

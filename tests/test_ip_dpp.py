@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 
 from util.ip_dpp import (
     KERNELS,
+    SAMPLERS,
     draw_subset,
     exchange_chain,
     inclusion_probabilities,
@@ -20,7 +21,6 @@ from util.ip_dpp import (
     true_label_log_probabilities,
 )
 
-SAMPLERS = ("exact", "mcmc", "uniform")
 REGIMES = {
     "random": lambda rng, n: np.log(rng.random(n)),
     "near 0": lambda rng, n: -50 * rng.random(n) - 5,
@@ -232,6 +232,13 @@ def test_wrong_arguments_are_named(function, name, log_p, k, kernel):
         arguments["rng"] = np.random.default_rng(0)
     with pytest.raises(ValueError, match=f"^{name} "):
         function(**arguments)
+
+
+def test_wrong_samplers_and_steps_are_named():
+    with pytest.raises(ValueError, match="^sampler "):
+        draw_subset(np.zeros(3), [0, 0, 0], 2, (0, 0), "greedy")
+    with pytest.raises(ValueError, match="^steps "):
+        exchange_chain([-1.0, -2.0], 1, np.random.default_rng(0), steps=0)
 
 
 # --------------------------------------------------------------------------------------- subsets of all classes

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,9 +69,12 @@ class LongTailedMixin:
 
     def download(self):
         missing = [folder for folder in (Path(self.root), *Path(self.root).parents) if not folder.exists()]
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds without an answer; urllib would wait for minutes or for ever
         try:
             super().download()
         finally:
+            socket.setdefaulttimeout(timeout)
             for folder in missing:  # the innermost first; one with a file in it stays
                 with suppress(OSError):
                     folder.rmdir()

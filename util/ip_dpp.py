@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 KERNELS = ("paper", "published")
+SAMPLERS = ("exact", "mcmc", "uniform")
 
 
 def _check(log_p, k, kernel):
@@ -155,6 +156,8 @@ def exchange_chain(log_p, k, rng, kernel="paper", steps=1000):
     Also raises FloatingPointError if the determinants leave float64's range (k of several thousand).
     """
     log_p = _check(log_p, k, kernel)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     start = rng.choice(len(log_p), size=k, replace=False)
     if k in (0, len(log_p)) or not np.any(log_p):  # no exchange to make, or every exchange as good as any other
         return start
@@ -193,8 +196,10 @@ def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="pape
         int64 tensor of indices, class by class, ascending within a class.
 
     Raises:
-        As the sampler.
+        ValueError: an unknown sampler; others as the sampler.
     """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
     targets, chosen, (seed, redraw) = np.asarray(targets), [], seed
     for c in np.unique(targets):
         members = np.flatnonzero(targets == c)
