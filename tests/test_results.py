@@ -362,6 +362,11 @@ def test_scripts_know_all_flags(dataset, protocol):
         "eq12-probe-seed1", "eq12-ipdpp-seed1"]
 
 
+def test_own_flags_of_a_variant_win(protocol):
+    done = protocol(LATER="--lr 1", RUNS="scratch-uniform scratch-uniform-lr0.001", SEEDS="1")
+    assert [re.findall(r"--lr (\S+)", call)[-1] for call in done.calls] == ["1", "0.001"]
+
+
 def test_stopped_and_killed_runs_go_on_and_add_up_their_time(protocol, tmp_path):
     stopped = protocol(RUNS="bns", STOP="bns-seed0")
     results, folder = tmp_path / "results" / "cifar10_if100", tmp_path / f"out/{tmp_path}/results/cifar10_if100"
