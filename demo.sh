@@ -28,7 +28,7 @@ run python main_cifar10_lineprob_bns.py "${common[@]}" --resume "$extractor" --n
     --warmup_epochs 2 --batch_size 32 --lr 1e-2 --eval_freq 10 --overwrite --output_dir $out/lineprob_bns "${given[@]}"
 run python main_cifar10_finetune_ipdpp.py "${common[@]}" --resume "$extractor" --num_samples 20 --epochs 100 \
     --warmup_epochs 4 --batch_size 32 --lr 2e-3 --eval_freq 10 --overwrite --output_dir $out/finetune_ipdpp "${given[@]}"
-run python main_cifar10_finetune_ipdpp.py --eval "$(newest $out/finetune_ipdpp/finetune_ipdpp_*.pth)"
+run python main_cifar10_finetune_ipdpp.py --eval "$(newest $out/finetune_ipdpp/finetune_ipdpp_*.pth)" "${given[@]}"
 
 echo; echo "waiting for plain training, which writes to $out/cross_entropy.txt"
 wait $plain || { tail -n 5 $out/cross_entropy.txt; echo "demo.sh: plain training failed"; exit 1; }

@@ -131,8 +131,10 @@ def predict(network, inputs, run, batch_size=EVAL_BATCH):
             outputs[start:start + batch_size] = output
     outputs = processes.sum(outputs)
     if not outputs.isfinite().all():
-        source = f"--eval {run.args.eval}: " if run.args.eval else ""
-        raise UserError(f"{source}the network's outputs are not finite, expected finite ones: {ADVICE}")
+        if run.args.eval:
+            raise UserError(f"--eval {run.args.eval}: found outputs that are not finite, expected finite ones: "
+                            "try --amp none")
+        raise UserError(f"the network's outputs are not finite, expected finite ones: {ADVICE}")
     return outputs
 
 

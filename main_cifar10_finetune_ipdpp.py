@@ -10,7 +10,7 @@ low probability from the current model (clean images, eval mode). It draws befor
 whole network on one augmented view of every drawn image. The last epoch also writes
 finetune_ipdpp_cifar10_if<factor>.pth.
 
-Without --resume the encoder starts at random. With --ipdpp_sampler none besides, this is plain training on all images.
+Without --resume the encoder starts at random. Add --ipdpp_sampler none, and this is plain training on all images.
 A checkpoint of this stage as --resume continues its run. With --eval FILE the script evaluates a checkpoint instead.
 """
 import torch

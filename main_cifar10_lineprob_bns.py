@@ -26,7 +26,7 @@ def get_args_parser():
     parser = Parser(__doc__, ["data", "model", "classifier", "optimisation", "run"])
     parser.set_defaults(
         stage="lineprob_bns", dataset="cifar10",
-        # data and augmentation: at most 100 images per class
+        # data and augmentation: at most 100 images per class, jitter as in the published code (1 for CIFAR-100)
         data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=2.0,
         num_samples=100,
         # model

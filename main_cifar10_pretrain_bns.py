@@ -28,7 +28,7 @@ def get_args_parser():
     parser = Parser(__doc__, ["data", "model", "balanced negative sampling", "optimisation", "run"])
     parser.set_defaults(
         stage="pretrain_bns", dataset="cifar10",
-        # data and augmentation
+        # data and augmentation; the published code takes the strength of the jitter from its --num_views, which is 2
         data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=2.0,
         # model and loss: that of the published code, or "eq12" with m = num_extra_positives
         model="resnet18", embed_dim=128, temperature=0.5, bns_form="published", num_extra_positives=4,

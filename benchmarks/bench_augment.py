@@ -65,17 +65,17 @@ def median_seconds(function, runs, clock):
     return median(seconds)
 
 
-def resident_bytes(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+def bytes_in(field, file="/proc/self/status"):
+    return next(int(line.split()[1]) for line in open(file) if line.startswith(field)) * 1024
 
 
 def peak_bytes(pipeline, pixels, jitter_strength):
     torch.set_num_threads(1)
     pipeline(pixels[:8], jitter_strength)  # loads what every later call finds loaded
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-    before = resident_bytes("VmRSS")
+    before = bytes_in("VmRSS")
     pipeline(pixels, jitter_strength)
-    return resident_bytes("VmHWM") - before
+    return bytes_in("VmHWM") - before
 
 
 def report(name, num_views, seconds, baseline, peak):

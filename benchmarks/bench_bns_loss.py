@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_augment import bytes_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.bns_loss import BNSLoss  # noqa: E402
@@ -63,10 +64,6 @@ def median_seconds(name, num_images, device):
     return statistics.median(seconds)
 
 
-def bytes_in(file, field):
-    return next(int(line.split()[1]) for line in open(file) if line.startswith(field)) * 1024
-
-
 def peak_bytes(name, num_images, device):
     torch.set_num_threads(1)
     step(name, *make_batch(8, device))  # loads what every later step finds loaded
@@ -77,16 +74,15 @@ def peak_bytes(name, num_images, device):
         step(name, *batch)
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-    before = bytes_in("/proc/self/status", "VmRSS")
+    before = bytes_in("VmRSS")
     step(name, *batch)
-    return bytes_in("/proc/self/status", "VmHWM") - before
+    return bytes_in("VmHWM") - before
 
 
 def free_bytes(device):
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return bytes_in("/proc/meminfo", "MemAvailable")
-
+    return bytes_in("MemAvailable", "/proc/meminfo")
 
 
 def main():

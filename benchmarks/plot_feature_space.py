@@ -3,8 +3,8 @@
     python benchmarks/plot_feature_space.py CHECKPOINT --data_root FOLDER [--out image/feature-space.png]
 
 CHECKPOINT is a file of any stage, of this project or of the paper's authors; what it was trained on and with is read
-from it. As in the paper's figure, the projection is t-SNE, here one for both halves, of 1000 training and as many test
-images, as evenly over the classes as they allow. Takes a minute.
+from it. As in the paper's figure, the projection is t-SNE, here one for both halves, of at most 1000 training and 1000
+test images: equally many of each class, as far as it has them. Takes a minute.
 """
 import argparse
 import math
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main_cifar10_pretrain_bns  # noqa: E402
@@ -21,7 +22,6 @@ from engine import load_data, predict  # noqa: E402
 from models import create_encoder  # noqa: E402
 from util.batches import to_device  # noqa: E402
 from util.checkpoint import load_checkpoint, load_encoder, stage_of  # noqa: E402
-from util.figures import new_figure  # noqa: E402
 from util.options import launch  # noqa: E402
 from util.reports import class_balanced  # noqa: E402
 from util.run import Run  # noqa: E402
@@ -67,7 +67,8 @@ def tsne(features, perplexity=30, steps=750):
 
 
 def main(args):
-    stage, trained = stage_of(load_checkpoint(args.checkpoint, "CHECKPOINT")), load_checkpoint(args.checkpoint)["args"]
+    checkpoint = load_checkpoint(args.checkpoint, "CHECKPOINT")
+    stage, trained = stage_of(checkpoint), checkpoint["args"]
     dataset = args.dataset or trained.get("dataset", "cifar10")
     script = {"cifar10": main_cifar10_pretrain_bns, "cifar100": main_cifar100_pretrain_bns}[dataset]
     data = ["--data_root", args.data_root] if args.data_root else ["--toy_data"]
@@ -85,8 +86,7 @@ def main(args):
         labels.append(targets[shown].cpu())
     points = tsne(F.normalize(torch.cat(features))).cpu()
 
-    figure, axes = new_figure(11, 5.4)
-    axes.remove()
+    figure = Figure((11, 5.4), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     halves = points.split([len(half) for half in labels])
     for panel, title, xy, half in zip(panels, ("training", "test"), halves, labels, strict=True):

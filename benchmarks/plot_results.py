@@ -2,7 +2,7 @@
 
     python benchmarks/plot_results.py results/FOLDER
 
-What the folder must hold says benchmarks/study.py. The figures lie beside the logs: accuracy.png, and knn.png and
+benchmarks/study.py says what the folder must hold. The figures lie beside the logs: accuracy.png, and knn.png and
 draws.png where the logs hold what they show. tests/test_results.py compares a table of README.md or RESULTS.md with
 what is printed here if the line right above it is <!-- python benchmarks/plot_results.py results/FOLDER -->.
 """

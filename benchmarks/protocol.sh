@@ -102,7 +102,7 @@ train() {  # train NAME STAGE ENCODER FLAGS: until it is over, from where an ear
     fi
     earlier=$(grep "^$name: " "$results/commands" 2> /dev/null | tail -1) || true
     [[ -z $earlier || $earlier == "$name: $command ("* ]] ||
-        fail "$name was run by other flags, expected those, or another folder: $earlier"
+        fail "$name was run with other flags; expected the same ones, or another folder: $earlier"
     [ -f "$results/$name.txt" ] && return
     if [ "$extractor" ] && [ ! -f "$OUT/$results/$extractor" ]; then
         echo "$name: passed over: no $OUT/$results/$extractor"

@@ -13,7 +13,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench_augment import resident_bytes  # noqa: E402
+from bench_augment import bytes_in  # noqa: E402
 
 import main_cifar10_finetune_ipdpp  # noqa: E402
 import main_cifar10_pretrain_bns  # noqa: E402
@@ -56,6 +56,7 @@ def prepare(stage, flags, steps):
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
     scheduler = CosineLRScheduler(optimizer, t_initial=1000, t_in_epochs=False)
     network = run.begin(model, optimizer, steps)
+    run.stop.restore()  # Ctrl-C ends a benchmark at once
     epochs = itertools.count()
 
     def train(steps):
@@ -85,7 +86,7 @@ class Meter:
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # what earlier trainings freed goes back to the system
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-            self.before = resident_bytes("VmRSS")
+            self.before = bytes_in("VmRSS")
 
     def measure(self, train):
         """`train(number)` does that many steps. Returns (median seconds of a step, bytes)."""
@@ -95,5 +96,5 @@ class Meter:
             train(self.steps)
             wait(self.device)
             seconds.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else resident_bytes("VmHWM") - self.before
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else bytes_in("VmHWM") - self.before
         return median(seconds[1:]) / self.steps, peak

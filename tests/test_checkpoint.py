@@ -199,6 +199,27 @@ def test_eval_of_a_published_checkpoint(classes, stage, few_images, tmp_path, mo
     assert metrics["test_loss"] == pytest.approx(loss, rel=1e-4)
 
 
+def test_a_published_run_continues_under_the_name_of_its_own_network(few_images, tmp_path, capsys):
+    """Its weights fit, and it holds no optimiser state."""
+    torch.manual_seed(0)
+    model = BNSNetwork(create_encoder("test_resnet", 16), 128)
+    torch.save({"model": model.state_dict(), "epoch": 0, "args": argparse.Namespace(model="bns_resnet")},
+               tmp_path / "published.pth")
+    flags = ["--epochs", 2, "--batch_size", 60, "--output_dir", tmp_path / "run", "--lr", 1e-20]
+    run_tiny(main_cifar10_pretrain_bns, tmp_path, *flags, "--resume", tmp_path / "published.pth")
+    assert ": --resume" not in (out := capsys.readouterr().out)
+    assert f"--resume {tmp_path / 'published.pth'} holds no optimiser state; the optimiser starts afresh\n" in out
+    assert "in epoch 1\n" in out
+    trained = load_checkpoint(final_file(main_cifar10_pretrain_bns, tmp_path / "run"))["model"]
+    torch.testing.assert_close(trained["enc.conv1.weight"], model.enc.conv1.weight)
+
+
+@pytest.mark.parametrize("args", [None, [1, 2], "flags", {"stage": "pretrain_bns"}])
+def test_args_of_any_kind(args, tmp_path):
+    torch.save({"model": {"enc.weight": torch.ones(2)}, "args": args}, tmp_path / "file.pth")
+    assert load_checkpoint(tmp_path / "file.pth")["args"] == (args if isinstance(args, dict) else {})
+
+
 ITS_OWN = {"num_samples": 20, "imbalanced_factor": 10.0}
 
 

@@ -302,7 +302,7 @@ def test_float16_that_overflows_ends_in_one_line(flags, tmp_path, capsys):
                         "--device", "cpu", "--num_samples", 20, "--warmup_epochs", 0, "--lr", 1, "--amp", "float16",
                         "--output_dir", tmp_path, *flags)
     error = capsys.readouterr().err
-    assert (code, error.count("\n")) == (2, 1) and "outputs are not finite" in error
+    assert (code, error.count("\n")) == (2, 1) and "outputs are not finite" in error and "lower --lr" in error
     for line in (tmp_path / "log.txt").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
 

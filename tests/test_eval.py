@@ -10,6 +10,7 @@ from conftest import TINY, command_line, final_file, run
 import main_cifar10_finetune_ipdpp as finetune
 import main_cifar10_lineprob_bns as lineprob
 import main_cifar10_pretrain_bns as pretrain
+import main_cifar100_pretrain_bns as pretrain100
 from models import Classifier, create_encoder
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
@@ -242,6 +243,17 @@ def test_a_data_root_asks_for_real_images(trained, tmp_path, capsys):
     said = capsys.readouterr()
     assert f"--toy_data False, as asked; {path} was trained with True\n" in said.out
     assert (code, said.err.count("\n")) == (2, 1) and "--data_root" in said.err
+
+
+def test_eval_of_another_data_set_is_said_aloud(tmp_path, capsys):
+    """An encoder fits both, so that its weights cannot tell."""
+    run(pretrain, tmp_path, "--epochs", 1, "--batch_size", 60)
+    path = final_file(pretrain, tmp_path)
+    for script, said in ((pretrain100, f"evaluating on cifar100; {path} was trained on cifar10\n"), (pretrain, "")):
+        capsys.readouterr()
+        evaluate(script, path)
+        out = capsys.readouterr().out
+        assert said in out and ("evaluating on" in out) == bool(said)
 
 
 def test_a_published_namespace_counts_too(trained, tmp_path, capsys):

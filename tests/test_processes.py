@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import command_line
 from run_process import Run, all_flags, at_step, differences
 from torch.nn.parallel import DistributedDataParallel
 
@@ -156,7 +157,8 @@ def test_second_process_of_a_machine_takes_the_second_gpu_or_the_only_one_it_see
     """SLURM can show each task its own GPU only, which is its device 0."""
     names = {"slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
              "torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    monkeypatch.setattr(os, "environ", dict(zip(names[launcher], ("1", "1", "2"), strict=True)))
+    monkeypatch.setattr(os, "environ", dict(zip(names[launcher], ("1", "1", "2"), strict=True),
+                                            MASTER_ADDR="localhost", MASTER_PORT="29500"))
     chosen = []
     for name, answer in {"cuda.is_available": True, "cuda.device_count": visible, "distributed.new_group": None,
                          "distributed.init_process_group": None, "distributed.get_world_size": 2,
@@ -173,6 +175,16 @@ def test_more_processes_of_torchrun_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="PyTorch sees 1 CUDA devices"):
         Processes("auto")
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_task_of_srun_that_cannot_find_the_others_says_so(missing, monkeypatch, capsys):
+    variables = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "MASTER_ADDR": "localhost",
+                 "MASTER_PORT": "29500"}
+    monkeypatch.setattr(os, "environ", {name: value for name, value in variables.items() if name != missing})
+    assert command_line("main_cifar10_lineprob_bns", "--toy_data", "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert f"no {missing} in the environment" in error and error.endswith("(process 1)\n") and error.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------- errors

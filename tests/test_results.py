@@ -402,7 +402,7 @@ def test_other_flags_in_the_folder_of_a_run_are_refused(protocol, tmp_path):
     assert protocol(RUNS="bns", BNS="--epochs 200", STOP="bns-seed0").returncode == 143
     for _ in range(2):  # of a stopped run and of a finished one
         done = protocol(RUNS="bns", BNS="--epochs 1000")
-        assert done.returncode == 2 and "bns-seed0 was run by other flags" in done.stderr and done.calls == []
+        assert done.returncode == 2 and "bns-seed0 was run with other flags" in done.stderr and done.calls == []
         assert protocol(RUNS="bns", BNS="--epochs 200").returncode == 0
 
 

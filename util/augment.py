@@ -152,11 +152,12 @@ class SimCLRAugment:
         if images.is_cuda:  # two transfers in all, for which nothing waits
             packed, indices = (t.pin_memory().to(images.device, non_blocking=True) for t in (packed, indices))
         *hue_images, gray_images = indices.split([len(i) for i in index_lists])
+        # `blends` are the columns of scale, then of gray_weight and mean_weight; [i::3] are those of the i-th part.
         starts, lengths, flips, hue_shift, sigma, *blends = packed.split([2] * 3 + [1] * 11, dim=1)
 
         rows, columns = resize_weights(starts, lengths, flips, max(height, width), self.size).split(1, dim=1)
         images = (rows[..., :height] @ (images.float() @ columns[..., :width].mT)).div_(255)
-        for i, hue_here in enumerate(hue_images):
+        for i, hue_here in enumerate(hue_images):  # hue comes before the i-th other part, or after all three
             images[hue_here] = adjust_hue(images[hue_here], hue_shift[hue_here])
             if i < 3:
                 scale, gray_weight, mean_weight = blends[i::3]

@@ -64,10 +64,11 @@ def load_checkpoint(path, flag="--resume"):
     if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
         raise UserError(f"{flag}: {path} holds no entry 'model' with weights, expected one of this project's "
                         "or the authors' checkpoints")
-    args = checkpoint.get("args") or {}
+    args = checkpoint.get("args")
+    args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
     model = {re.sub(r"^(enc\.layer\d+\.\d+\.)shortcut\.", r"\1downsample.", name): value
              for name, value in clean_state_dict(model).items()}
-    return {**checkpoint, "model": model, "args": args if isinstance(args, dict) else vars(args)}
+    return {**checkpoint, "model": model, "args": args}
 
 
 def _why_unreadable(error):
@@ -116,20 +117,22 @@ def load_encoder(encoder, checkpoint, source):
     load_weights(encoder, weights, source)
 
 
-def restore_optimizer(optimizer, checkpoint, source):
+def restore_optimizer(optimizer, checkpoint):
     """Load AdamW's moments. Learning rate and weight decay stay what the flags say.
 
-    Where the saved moments do not fit the parameters, none is loaded, and a line says so.
+    Returns why nothing was loaded, as the end of a sentence about the checkpoint, or None if the moments were.
     """
     groups = optimizer.state_dict()["param_groups"]
     shapes = {index: parameter.shape for index, parameter in enumerate(
         parameter for group in optimizer.param_groups for parameter in group["params"])}
     state = (checkpoint.get("optimizer") or {}).get("state", {})
     found = {index: moments["exp_avg"].shape for index, moments in state.items() if "exp_avg" in moments}
-    if not found or not found.items() <= shapes.items():  # a parameter that no gradient has reached has no moments
-        print(f"{source}: the saved optimiser state does not fit this model; the optimiser starts afresh", flush=True)
-        return
+    if not found:
+        return "holds no optimiser state"
+    if not found.items() <= shapes.items():  # a parameter that no gradient has reached has no moments
+        return "holds optimiser state that does not fit this model"
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return None
 
 
 def numbered_checkpoints(folder):

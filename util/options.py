@@ -48,7 +48,8 @@ GROUPS = {
         "--temperature": dict(type=POSITIVE, help="divides the cosine similarities"),
         "--bns_form": dict(choices=["published", "eq12"],
                            help="the loss of the published code, or equation 12 of the paper"),
-        "--num_extra_positives": dict(type=AT_LEAST_0, help="m of equation 12"),
+        "--num_extra_positives": dict(type=AT_LEAST_0, help="with --bns_form eq12: other images of an image's class "
+                                      "that are its positives, m"),
     },
     "classifier": {
         "--num_samples": dict(type=AT_LEAST_1, help="training images drawn per class, at most"),
@@ -76,9 +77,10 @@ GROUPS = {
         "--lr": dict(type=POSITIVE, help="learning rate; unset, --blr * (images per update) / 256"),
         "--blr": dict(type=POSITIVE, help="learning rate per 256 images of an update"),
         "--min_lr": dict(type=NOT_NEGATIVE, help="learning rate at the end"),
-        "--warmup_epochs": dict(type=AT_LEAST_0, help="epochs of linear warm-up; at least --epochs: a fifth of them"),
-        "--amp": dict(choices=["auto", "bfloat16", "float16", "none"], help="precision of the encoder; auto: bfloat16 "
-                      "where the hardware has it; none: float32 throughout"),
+        "--warmup_epochs": dict(type=AT_LEAST_0, help="epochs of linear warm-up; where that would be all epochs, a "
+                                "fifth of --epochs instead"),
+        "--amp": dict(choices=["auto", "bfloat16", "float16", "none"], help="precision of the network; auto: bfloat16 "
+                      "where the hardware has it, else float16 on CUDA and float32 on the CPU; none: float32"),
         "--seed": dict(type=SEED, help="seed of all random choices"),
     },
     "run": {
@@ -129,7 +131,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 def launch(main, parser):
     """Run an entry script: parse, call `main(args)`, and turn an error that the user can mend into one line."""
-    args, rank = parser.parse_args(), os.environ.get("RANK", "0")
+    args = parser.parse_args()
     try:
         main(args)
         sys.stdout.flush()
@@ -137,6 +139,7 @@ def launch(main, parser):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:  # an OSError names the file
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         parser.exit(2, f"{parser.prog}: error: {error}{f' (process {rank})' if rank != '0' else ''}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted before or after the training\n")

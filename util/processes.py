@@ -5,7 +5,7 @@ import platform
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so, world_info_from_env
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
 from util.errors import UserError
 
@@ -17,7 +17,7 @@ class Processes:
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UserError: the requested CUDA device does not exist.
+        UserError: the requested CUDA device does not exist, or several processes cannot find each other.
     """
 
     def __init__(self, device="auto"):
@@ -30,6 +30,10 @@ class Processes:
             os.environ.setdefault("LOCAL_RANK", "0")  # SLURM shows each task its own GPU only
         if kind == "cuda" and int(index or world_info_from_env()[0]) >= torch.cuda.device_count():
             raise UserError(f"--device: found '{device}', but PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if is_distributed_env() and missing:
+            raise UserError(f"found several processes but no {' and no '.join(missing)} in the environment, expected "
+                            "the first node's name and a free port (torchrun sets them, srun does not: see README)")
         started = init_distributed_device_so(f"{kind}:{index}" if index else kind)
         self.device = torch.device(started["device"])
         self.rank, self.world_size = started["global_rank"], started["world_size"]

@@ -103,9 +103,12 @@ class Run:
                 taken.append(f"{name} {trained}")
         if taken:
             self.say(f"from the checkpoint: {', '.join(taken)}")
+        dataset = self.evaluated["args"].get("dataset", args.dataset)
+        if dataset != args.dataset:
+            self.say(f"evaluating on {args.dataset}; {args.eval} was trained on {dataset}")
 
     def load_evaluated(self, model):
-        """Load the checkpoint of --eval into `model`; refuse one of another stage."""
+        """Load the checkpoint of --eval into `model`. Raises UserError if it is of another stage or does not fit."""
         source, args = f"--eval {self.args.eval}", self.evaluated["args"]
         # Published files do not say their stage. Any of them that has a linear layer will do.
         if stage_of(self.evaluated) != self.args.stage and (
@@ -132,7 +135,10 @@ class Run:
                             "the run in --output_dir, or to continue it")
 
     def learning_rate(self, num_images):
-        """--lr, or --blr per 256 images of an update, which are never more than those of an epoch, `num_images`."""
+        """--lr, or --blr per 256 images of an update, which are never more than those of an epoch, `num_images`.
+
+        Raises UserError if --min_lr is above it.
+        """
         args = self.args
         update = min(args.batch_size * self.processes.world_size * args.accum_iter, num_images)
         lr = args.lr or float(args.blr * update / 256)
@@ -150,6 +156,10 @@ class Run:
         Args:
             model: has the encoder `enc`. Its weights are loaded in place.
             steps: batches of an epoch.
+
+        Raises:
+            UserError: a checkpoint cannot be read or does not fit, or the folder may not be used.
+            OSError: a file cannot be written.
         """
         args, first = self.args, self.processes.first
         self.model, self.optimizer = model, optimizer
@@ -207,18 +217,18 @@ class Run:
     def _continue(self, checkpoint, path):
         """Continue the run of a checkpoint. Refuse other data or another model; say which other flags changed."""
         args, before, source = self.args, checkpoint["args"], f"--resume {path}"
-        if checkpoint.get("partial"):
-            raise UserError(f"{source} was saved amid an epoch by an earlier version, expected one saved after an "
-                            "epoch, such as a checkpoint-<epoch>.pth beside it")
         changed = [name for name, value in vars(args).items()
                    if name in before and before[name] != value and name not in SILENT_FLAGS]
         for name in changed:
+            if name == "model" and not timm.is_model(before["model"]):
+                continue  # a published file may name it in another way; whether the weights fit is checked below
             if name in FIXED_FLAGS:
                 raise UserError(f"{source} was trained with --{name} {before[name]}, found --{name} "
                                 f"{getattr(args, name)}; expected the same, or another --output_dir and no --resume")
             self.say(f"--{name}: {before[name]} in the checkpoint, {getattr(args, name)} from here on")
         load_weights(self.model, checkpoint["model"], source)
-        restore_optimizer(self.optimizer, checkpoint, source)
+        if reason := restore_optimizer(self.optimizer, checkpoint):
+            self.say(f"{source} {reason}; the optimiser starts afresh")
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         if args.start_epoch is None:
