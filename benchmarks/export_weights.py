@@ -20,7 +20,9 @@ OF_A_MACHINE = ("output_dir", "log_dir", "data_root", "resume", "eval", "device"
 
 
 def main(args):
-    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.folder.is_file():
+        raise UserError(f"FOLDER: found {args.folder}, which is a file, expected a folder as the last argument")
+    small = {}
     for path in args.files:
         checkpoint = load_checkpoint(path, "FILE")
         flags = {name: value for name, value in checkpoint["args"].items() if name not in OF_A_MACHINE}
@@ -29,7 +31,10 @@ def main(args):
         target = args.folder / path.name
         if target.exists():
             raise UserError(f"FOLDER: {args.folder} holds a {path.name} already, expected none")
-        save_checkpoint({"model": checkpoint["model"], "epoch": checkpoint["epoch"], "args": flags}, target)
+        small[target] = {"model": checkpoint["model"], "epoch": checkpoint.get("epoch"), "args": flags}
+    args.folder.mkdir(parents=True, exist_ok=True)  # all files are good
+    for target, state in small.items():
+        save_checkpoint(state, target)
         print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -39,5 +44,5 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the small ones go")
     try:
         main(parser.parse_args())
-    except UserError as error:
+    except (UserError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -118,6 +118,10 @@ train() {  # train NAME STAGE ENCODER FLAGS: until it is over, from where an ear
     count_computed
     seconds=$(($(date +%s) - began))
     [[ $ON == *" core" ]] && seconds=$(((computed - computed_before) / ${ON% core}))
+    if [ $code = 2 ] && [ ! -s "$folder/log.txt" ]; then  # a wrong flag, say: nothing was trained
+        rm "$folder.began"
+        exit $code
+    fi
     [ $code = 0 ] || { write_down "$name" $seconds ", stopped"; exit $code; }
     write_down "$name" $seconds ""
     cp "$folder/log.txt" "$results/.$name.copy"

@@ -12,6 +12,7 @@ from conftest import TINY, Payload, command_line, contents, draw_few
 
 import main_cifar10_pretrain_bns
 from util.checkpoint import load_checkpoint
+from util.errors import UserError
 from util.options import launch
 from util.output_folder import OutputFolder
 from util.toy_data import ToyCIFAR
@@ -55,6 +56,9 @@ def bad(few_images_throughout, tmp_path_factory):
         batches = folder / name / "cifar-10-batches-py"
         batches.mkdir(parents=True)
         (batches / "data_batch_1").write_bytes(pickle.dumps(Payload(folder / "ran")) if name == "tampered" else b"cut")
+    (folder / "damaged").mkdir()
+    for name in ("checkpoint-0.pth", "pretrain_bns_cifar10_if100.pth", "log.txt"):
+        (folder / "damaged" / name).write_text("damaged")
     (folder / "moved").mkdir()  # a run whose folder was copied without its hidden files
     (folder / "moved" / "log.txt").write_text("")
     return folder
@@ -123,6 +127,8 @@ FILES = {  # {bad} is the folder of the fixture, {out} a new one
         "--output_dir {bad}/empty.pth": "not a folder",
         "--output_dir {bad}/empty.pth/run": "not a folder",
         "--output_dir /proc/run": "/proc/run",
+        "--resume auto --output_dir {bad}/damaged": "none of the checkpoints in",
+        "--output_dir=": "empty name", "--resume=": "empty name", "--eval=": "empty name",
         "--log_dir {bad}/empty.pth": "not a folder",
         f"--log_dir {{bad}}/{PRETRAIN}": "curves of another run",
         "--eval {bad}/layer.pth": "no encoder",
@@ -134,14 +140,14 @@ FILES = {  # {bad} is the folder of the fixture, {out} a new one
     },
     FINETUNE: {
         f"--resume {F100}": "--dataset cifar100",
-        f"--resume {P} --model test_vit": "--model",
+        f"--resume {P} --model test_vit": "was trained with --model test_resnet, found --model test_vit",
         f"--resume {P} --output_dir {{bad}}/{FINETUNE}": "another run",
         "--eval {bad}/absent.pth": "no file",
         "--eval {bad}/empty.pth": "empty",
         "--eval {bad}/foreign.pth": "none of which was executed",
         "--eval {bad}/huge.pth": "not finite",
         f"--eval {P}": "expected one of finetune_ipdpp",
-        f"--eval {F100}": "(100, 96)",
+        f"--eval {F100}": "its script is main_cifar100_finetune_ipdpp.py",
         f"--eval {F} --model test_vit": "--model",
         f"--eval {F} --resume {P}": "--resume",
         f"--eval {F} --resume auto": "--resume",
@@ -172,7 +178,8 @@ def refuse(name, flags, expected, bad, out, capsys):
 @pytest.mark.parametrize("name, flags, expected", CASES, ids=[" ".join(case[:2]) for case in CASES])
 def test_bad_flag_or_file(name, flags, expected, bad, tmp_path, capsys):
     error = refuse(name, f"{' '.join(TOY)} --output_dir {{out}}/new/run {flags}", expected, bad, tmp_path, capsys)
-    assert flags.split()[0] in error or flags.split()[1].format(bad=bad, out=tmp_path) in error
+    words = [word.format(bad=bad, out=tmp_path) for word in flags.replace("=", " ").split()]
+    assert any(word in error for word in words[:2])
 
 
 def test_folder_in_use_by_another_run(bad, tmp_path, capsys):
@@ -204,13 +211,15 @@ def test_cuda_without_gpu(device, bad, tmp_path, capsys):
 
 @pytest.mark.parametrize("root, expected", [
     ("{out}/new", "cifar-10-batches-py"), ("{out}/new/data", "cifar-10-batches-py"),
+    ("{bad}/tampered/cifar-10-batches-py", "the folder that holds it, {bad}/tampered\n"),
     ("{bad}/tampered", "data_batch_1"), ("{bad}/cut", "data_batch_1"), ("{bad}/empty.pth", "empty.pth")])
 @pytest.mark.parametrize("name", [PRETRAIN, FINETUNE])
 def test_bad_cifar(name, root, expected, bad, tmp_path, capsys, monkeypatch):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network in this test")
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    error = refuse(name, f"--device cpu --output_dir {{out}}/run --data_root {root}", expected, bad, tmp_path, capsys)
+    flags = f"--device cpu --output_dir {{out}}/run --data_root {root}"
+    error = refuse(name, flags, expected.format(bad=bad), bad, tmp_path, capsys)
     assert "--data_root" in error
 
 
@@ -270,3 +279,38 @@ def test_the_payload_does_run_where_it_is_trusted(trust, tmp_path):
     else:
         pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
     assert (tmp_path / "ran").is_dir()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_ends_in_one_line(error, capsys):
+    def exhausted(args):
+        raise error
+    with pytest.raises(SystemExit, match="2"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{PRETRAIN}.py"])
+        launch(exhausted, main_cifar10_pretrain_bns.get_args_parser())
+    said = capsys.readouterr().err
+    assert "out of memory: lower --batch_size" in said and said.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    def broken(args):
+        raise RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{PRETRAIN}.py"])
+        launch(broken, main_cifar10_pretrain_bns.get_args_parser())
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+    (tmp_path / "file.pth").touch()
+    monkeypatch.setattr(torch, "load", denied)
+    with pytest.raises(UserError, match="--eval: .*file.pth could not be read: Permission denied"):
+        load_checkpoint(tmp_path / "file.pth", "--eval")
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--eval=x", "--overwrite", "--help"])
+def test_demo_refuses_what_its_scripts_cannot_share(flag):
+    done = subprocess.run(["bash", str(ROOT / "demo.sh"), flag], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and f"demo.sh: found {flag}, expected" in done.stderr

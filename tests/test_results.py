@@ -279,6 +279,11 @@ def test_what_is_no_final_file_is_refused(tmp_path):
         with pytest.raises(UserError, match="expected (a|none)"):
             export_weights.main(export_weights.argparse.Namespace(files=[tmp_path / name], folder=tmp_path))
         assert torch.load(tmp_path / name, weights_only=True)["args"] == flags
+    files = [tmp_path / "pretrain_bns_cifar10_if100.pth", tmp_path / "checkpoint-0.pth"]
+    for folder in (tmp_path / "new", tmp_path / "checkpoint-0.pth"):
+        with pytest.raises(UserError, match="expected a"):
+            export_weights.main(export_weights.argparse.Namespace(files=files, folder=folder))
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------------------------------------- the recipe of the runs
@@ -290,6 +295,7 @@ echo "$*" >> "$CALLS"
 [[ $1 == main_* ]] || exit 0
 folder="${@: -1}"
 mkdir -p "$folder"
+[[ $folder == */${WRONG:-none} ]] && exit 2
 echo '{"epoch": 0}' > "$folder/log.txt"
 [[ $folder == */${STOP:-none} ]] && exit 143
 [[ $1 =~ main_(cifar[0-9]+)_(.*).py ]] && touch "$folder/${BASH_REMATCH[2]}_${BASH_REMATCH[1]}_if$3.pth"
@@ -404,6 +410,12 @@ def test_other_flags_in_the_folder_of_a_run_are_refused(protocol, tmp_path):
         done = protocol(RUNS="bns", BNS="--epochs 1000")
         assert done.returncode == 2 and "bns-seed0 was run with other flags" in done.stderr and done.calls == []
         assert protocol(RUNS="bns", BNS="--epochs 200").returncode == 0
+
+
+def test_a_run_that_began_with_a_mistake_can_be_given_again_without_it(protocol, tmp_path):
+    assert protocol(RUNS="bns", BNS="--epoch 1", WRONG="bns-seed0").returncode == 2
+    assert not (tmp_path / "results/cifar10_if100/commands").exists()
+    assert protocol(RUNS="bns", BNS="--epochs 1").returncode == 0
 
 
 def test_runs_that_cannot_be_had_are_passed_over(protocol, tmp_path):

@@ -57,6 +57,8 @@ def load_checkpoint(path, flag="--resume"):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{flag}: {path} could not be read: {error.strerror or error}") from error
     except Exception as error:  # torch.load raises half a dozen types for damaged or foreign files
         reason = "it is empty" if path.stat().st_size == 0 else _why_unreadable(error)
         raise UserError(f"{flag}: {path} is no checkpoint that can be loaded safely: {reason}") from error

@@ -68,6 +68,9 @@ class LongTailedMixin:
         cls(root, imbalanced_factor=1.0, train=False, download=True)
 
     def download(self):
+        if Path(self.root).name == self.base_folder:
+            raise UserError(f"--data_root: found {self.root}, the unpacked data set itself, expected the folder that "
+                            f"holds it, {Path(self.root).parent}")
         missing = [folder for folder in (Path(self.root), *Path(self.root).parents) if not folder.exists()]
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # seconds without an answer; urllib would wait for minutes or for ever

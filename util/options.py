@@ -4,6 +4,8 @@ import math
 import os
 import sys
 
+import torch
+
 from util.errors import UserError
 
 
@@ -20,6 +22,13 @@ def number(kind, expected, fits):
     return parse
 
 
+def path(text):
+    """An argparse type: the name of a file or folder. A quoted ~ reaches Python as it is."""
+    if not text:
+        raise argparse.ArgumentTypeError("found an empty name, expected a file or folder (is a variable unset?)")
+    return os.path.expanduser(text)
+
+
 AT_LEAST_0 = number(int, "a whole number of at least 0", lambda value: value >= 0)
 AT_LEAST_1 = number(int, "a whole number of at least 1", lambda value: value >= 1)
 AT_LEAST_2 = number(int, "a whole number of at least 2", lambda value: value >= 2)
@@ -28,12 +37,11 @@ POSITIVE = number(float, "a number above 0", lambda value: value > 0)
 FACTOR = number(float, "a number of at least 1", lambda value: value >= 1)
 STRENGTH = number(float, "a number from 0 to 2.5", lambda value: 0 <= value <= 2.5)
 SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
-PATH = os.path.expanduser  # a quoted ~ reaches Python as it is
 ON = {"action": "store_true"}
 
 GROUPS = {
     "data": {
-        "--data_root -dr": dict(type=PATH, help="folder that holds CIFAR, or that it is downloaded to"),
+        "--data_root -dr": dict(type=path, help="folder that holds CIFAR, or that it is downloaded to"),
         "--toy_data": dict(ON, help="render toy images in memory instead of reading CIFAR"),
         "--imbalanced_factor": dict(type=FACTOR,
                                     help="training images of the largest class per image of the smallest"),
@@ -84,15 +92,15 @@ GROUPS = {
         "--seed": dict(type=SEED, help="seed of all random choices"),
     },
     "run": {
-        "--resume": dict(nargs="+", type=PATH, metavar="FILE", help="checkpoint of this stage to continue from, or of "
+        "--resume": dict(nargs="+", type=path, metavar="FILE", help="checkpoint of this stage to continue from, or of "
                          "another, whose encoder to start from; auto: the newest of --output_dir, if there is one "
                          "(auto FILE: else FILE)"),
         "--start_epoch": dict(type=AT_LEAST_0, help="first epoch; unset, the one after the checkpoint's"),
-        "--eval": dict(type=PATH, metavar="FILE", help="evaluate this checkpoint and stop. Data, model and draws are "
+        "--eval": dict(type=path, metavar="FILE", help="evaluate this checkpoint and stop. Data, model and draws are "
                        "those that it was trained with, unless you give a flag"),
         "--eval_freq": dict(type=AT_LEAST_1, help="epochs between evaluations on the test set"),
-        "--output_dir": dict(type=PATH, help="folder for checkpoints and log.txt"),
-        "--log_dir": dict(type=PATH, help="folder for TensorBoard; unset, --output_dir"),
+        "--output_dir": dict(type=path, help="folder for checkpoints and log.txt"),
+        "--log_dir": dict(type=path, help="folder for TensorBoard; unset, --output_dir"),
         "--overwrite": dict(ON, help="delete another run's files in --output_dir first"),
         "--save_freq -sf": dict(type=AT_LEAST_1, help="epochs between numbered checkpoints"),
         "--keep_checkpoints": dict(type=AT_LEAST_0, help="numbered checkpoints to keep; 0: all"),
@@ -141,5 +149,11 @@ def launch(main, parser):
     except (UserError, OSError) as error:  # an OSError names the file
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         parser.exit(2, f"{parser.prog}: error: {error}{f' (process {rank})' if rank != '0' else ''}\n")
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not out_of_memory and "can't allocate memory" not in str(error):  # as PyTorch says it on the CPU
+            raise
+        parser.exit(2, f"{parser.prog}: error: out of memory: lower --batch_size or --input_size, or take a smaller "
+                       "--model\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted before or after the training\n")

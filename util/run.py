@@ -110,6 +110,9 @@ class Run:
     def load_evaluated(self, model):
         """Load the checkpoint of --eval into `model`. Raises UserError if it is of another stage or does not fit."""
         source, args = f"--eval {self.args.eval}", self.evaluated["args"]
+        if args.get("dataset", self.args.dataset) != self.args.dataset:
+            raise UserError(f"{source} was trained on {args['dataset']}, expected one of {self.args.dataset}; its "
+                            f"script is main_{args['dataset']}_{stage_of(self.evaluated)}.py")
         # Published files do not say their stage. Any of them that has a linear layer will do.
         if stage_of(self.evaluated) != self.args.stage and (
                 "stage" in args or "lin.weight" not in self.evaluated["model"]):
@@ -171,9 +174,12 @@ class Run:
         if continues:
             self._continue(checkpoint, path)
         elif checkpoint:
-            load_encoder(model.enc, checkpoint, f"--resume {path}")
             trained = checkpoint["args"]
-            other = [f"{name} {trained[name]}" for name in DATA_FLAGS
+            if timm.is_model(str(trained.get("model"))) and trained["model"] != args.model:
+                raise UserError(f"--resume {path} was trained with --model {trained['model']}, found --model "
+                                f"{args.model}; expected the same")
+            load_encoder(model.enc, checkpoint, f"--resume {path}")
+            other = [f"{name} {trained[name]}" for name in (*DATA_FLAGS, "input_size")
                      if trained.get(name) not in (None, getattr(args, name))]
             note = f", which, unlike this run, was trained with {' '.join(other)}" if other else ""
             self.say(f"starting from the encoder of {path}{note}")
@@ -209,6 +215,9 @@ class Run:
                     raise UserError(f"--output_dir: {self.args.output_dir} holds {_describe_stage(checkpoint)} "
                                     f"({newest.name}), expected one of stage {self.args.stage}, or an empty folder")
                 return checkpoint, newest
+            if self.folder.checkpoints():
+                raise UserError(f"--resume auto: none of the checkpoints in {self.args.output_dir} can be loaded, "
+                                "expected a good one, or --overwrite instead of --resume to delete that run")
             wanted.pop(0)
             instead = f"starting from {wanted[0]}" if wanted else "starting afresh"
             self.say(f"--resume auto: no checkpoint in {self.args.output_dir}, {instead}")
