@@ -45,6 +45,8 @@ def bad(few_images_throughout, tmp_path_factory):
     (folder / "truncated.pth").write_bytes(whole[:len(whole) // 2])
     (folder / "text.pth").write_text("<html>404</html>\n")
     torch.save(pretrained["model"], folder / "bare.pth")
+    torch.save({**pretrained, "epoch": "last"}, folder / "epoch.pth")
+    torch.save({**pretrained, "model": {5: torch.ones(1)}}, folder / "number.pth")
     torch.save({"model": finetuned["model"]}, folder / "weights.pth")
     layer = {name: value for name, value in finetuned["model"].items() if name.startswith("lin.")}
     torch.save({"model": layer}, folder / "layer.pth")
@@ -107,6 +109,8 @@ FILES = {  # {bad} is the folder of the fixture, {out} a new one
         "--resume {bad}/foreign.pth": "none of which was executed",
         "--resume {bad}/pickle.pth": "not written by PyTorch",
         "--resume {bad}/bare.pth": "no entry 'model'",
+        "--resume {bad}/number.pth": "no entry 'model'",
+        "--resume {bad}/epoch.pth": "an entry 'epoch' of type str, expected int",
         "--resume {bad}/layer.pth": "no encoder",
         "--resume {bad}": "no file",
         f"--resume {P} --model test_vit": "--model test_resnet",

@@ -241,7 +241,7 @@ def test_a_data_root_asks_for_real_images(trained, tmp_path, capsys):
     code = command_line("main_cifar10_finetune_ipdpp", "--device", "cpu", "--eval", path,
                         "--data_root", tmp_path / "file")
     said = capsys.readouterr()
-    assert f"--toy_data False, as asked; {path} was trained with True\n" in said.out
+    assert f"evaluating on the images of --data_root; {path} was trained on toy images\n" in said.out
     assert (code, said.err.count("\n")) == (2, 1) and "--data_root" in said.err
 
 

@@ -230,6 +230,17 @@ def test_nothing_left_to_train_writes_the_final_file(quick_runs, tmp_path, capsy
     assert all(torch.equal(value, trained[name]) for name, value in weights.items())
 
 
+@pytest.mark.parametrize("script, flags, said", [
+    (FINETUNE, ("--ipdpp_sampler", "none", "--num_samples", 5),
+     ["--num_samples has no effect with --ipdpp_sampler none"]),
+    (FINETUNE, ("--ipdpp_sampler", "uniform", "--num_samples", 5, "--mcmc_steps", 9, "--ipdpp_kernel", "paper"),
+     [f"--{name} has no effect with --ipdpp_sampler uniform" for name in ("ipdpp_kernel", "mcmc_steps")]),
+    (FINETUNE, ("--num_samples", 5), []), (LINEPROB, ("--num_samples", 5), [])])
+def test_flags_without_effect_are_named(script, flags, said, quick_runs, tmp_path, capsys):
+    run(script, tmp_path, "--epochs", 1, *flags)
+    assert [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line] == said
+
+
 def test_auto_without_a_checkpoint_says_so_and_no_more(quick_runs, tmp_path, capsys):
     run(LINEPROB, tmp_path, "--epochs", 1, "--num_samples", 5, "--resume", "auto")
     output = capsys.readouterr().out

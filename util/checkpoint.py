@@ -63,9 +63,14 @@ def load_checkpoint(path, flag="--resume"):
         reason = "it is empty" if path.stat().st_size == 0 else _why_unreadable(error)
         raise UserError(f"{flag}: {path} is no checkpoint that can be loaded safely: {reason}") from error
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
+    if not isinstance(model, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in model.items()):
         raise UserError(f"{flag}: {path} holds no entry 'model' with weights, expected one of this project's "
                         "or the authors' checkpoints")
+    for name, kind in (("epoch", int), ("optimizer", dict), ("history", list)):
+        if not isinstance(checkpoint.get(name), kind | None):
+            raise UserError(f"{flag}: {path} holds an entry '{name}' of type {type(checkpoint[name]).__name__}, "
+                            f"expected {kind.__name__}")
     args = checkpoint.get("args")
     args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
     model = {re.sub(r"^(enc\.layer\d+\.\d+\.)shortcut\.", r"\1downsample.", name): value

@@ -35,6 +35,14 @@ EVAL_FLAGS = ("toy_data", "imbalanced_factor", "model", "input_size", "num_sampl
 DATA_FLAGS = ("dataset", "toy_data", "imbalanced_factor")
 FIXED_FLAGS = (*DATA_FLAGS, "model", "input_size", "embed_dim")  # must not change when a run continues
 SILENT_FLAGS = RUN_FLAGS | {"data_root", "given"}  # may change without a message
+WITHOUT_EFFECT = {  # a flag, and with which values of another it does nothing
+    "num_samples": ("ipdpp_sampler", ("none",)),
+    "sampling_freq": ("ipdpp_sampler", ("none",)),
+    "ipdpp_kernel": ("ipdpp_sampler", ("uniform", "none")),
+    "mcmc_steps": ("ipdpp_sampler", ("exact", "uniform", "none")),
+    "num_extra_positives": ("bns_form", ("published",)),
+    "logit_adjustment": ("loss", ("logit_adjusted",)),
+}
 DRAW_FLAGS = ("num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed")
 
 
@@ -96,7 +104,9 @@ class Run:
             trained = self.evaluated["args"].get(name)
             if trained is None or not hasattr(args, name) or trained == getattr(args, name):
                 continue
-            if name in given:
+            if name == "toy_data" and name not in args.given and name in given:
+                self.say(f"evaluating on the images of --data_root; {args.eval} was trained on toy images")
+            elif name in given:
                 self.say(f"--{name} {getattr(args, name)}, as asked; {args.eval} was trained with {trained}")
             elif name != "model" or timm.is_model(trained):  # a published file may name it in another way
                 setattr(args, name, trained)
@@ -129,6 +139,9 @@ class Run:
             args.warmup_epochs = args.epochs // 5
         if (args.start_epoch or 0) >= args.epochs:
             raise UserError(f"--start_epoch: found {args.start_epoch}, expected less than --epochs {args.epochs}")
+        for name, (other, values) in WITHOUT_EFFECT.items():
+            if name in args.given and getattr(args, other, None) in values:
+                self.say(f"--{name} has no effect with --{other} {getattr(args, other)}")
         wanted = args.resume or []
         self.auto = wanted[:1] == ["auto"]
         if len(wanted) > 1 + self.auto or "auto" in wanted[1:]:
@@ -314,9 +327,12 @@ class Run:
     def finish(self):
         """Print what the run reached, where its files are and what to run next. Returns a list of dicts, its log."""
         args, final = self.args, self.folder.final
+        wrote = "wrote"
         if self.start_epoch >= args.epochs:
-            self.say(f"nothing left to train: {self.start_epoch} of {args.epochs} epochs were done before")
-            if not final.exists():
+            self.say(f"nothing left to train: {self.start_epoch} epochs were done before, --epochs is {args.epochs}")
+            if final.exists():
+                wrote = "final file:"
+            else:
                 self.processes.from_first(self._save, self.start_epoch - 1, True)
         self._close({name: value for name, value in vars(args).items() if name not in SILENT_FLAGS})
         tested = [record for record in self.history if "test_acc1" in record]
@@ -325,7 +341,7 @@ class Run:
             self.say(f"last epoch {tested[-1]['epoch']}: {tested[-1]['test_acc1']:.2f}%; "
                      f"best epoch {best['epoch']}: {best['test_acc1']:.2f}%")
         self.say(f"peak memory {peak_memory(self.device):.2f} GiB on {self.device}")
-        self.say(f"wrote {final}, {self.folder.path / 'log.txt'} and TensorBoard events in {self.folder.log_dir}")
+        self.say(f"{wrote} {final}, {self.folder.path / 'log.txt'} and TensorBoard events in {self.folder.log_dir}")
         flags = ["--toy_data"] if args.toy_data else ["--data_root", args.data_root]
         if args.stage == "pretrain_bns":
             flags += ["--imbalanced_factor", f"{args.imbalanced_factor:.10g}", "--model", args.model,
