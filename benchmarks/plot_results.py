@@ -75,7 +75,9 @@ def statistics(study):
                 our_values = [accuracy(study.runs[ours][seed][-1], group, our_kind) for seed in seeds[0]]
                 their_values = [accuracy(study.runs[theirs][seed][-1], group, their_kind) for seed in seeds[1]]
                 cells.append(difference_cell(*compare(our_values, their_values, paired)))
-            runs = f"{len(seeds[0])} pairs" if paired else f"{len(seeds[0])} and {len(seeds[1])}"
+            runs = f"{len(seeds[0])} and {len(seeds[1])}"
+            if paired:
+                runs = "1 pair" if len(seeds[0]) == 1 else f"{len(seeds[0])} pairs"
             name = ours if ours == theirs else f"{ours} against {theirs}"
             if set(cells) != {"–"}:
                 rows.append([name, figures, runs, *cells])
