@@ -83,7 +83,7 @@ def main(args):
     if run.start_epoch == 0:
         (first, second), _ = next(iter(loader.epoch(0, all_indices)))
         views = torch.stack((first[:32], second[:32]), dim=1).flatten(0, 1)
-        run.log.image("input/two views of each image, side by side", views.cpu(), 0)
+        run.log.images("input/two views of each image, side by side", views.cpu(), 0)
     for epoch in range(run.start_epoch, args.epochs):
         batches = loader.epoch(epoch, all_indices)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run)

@@ -23,6 +23,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.augment import SimCLRAugment  # noqa: E402
 from util.imbalanced_cifar import ImbalanceCIFAR10  # noqa: E402
+from util.options import launch  # noqa: E402
 from util.toy_data import ToyCIFAR  # noqa: E402
 
 
@@ -82,12 +83,15 @@ def report(name, num_views, seconds, baseline, peak):
     print(f"{name:28} {num_views / seconds:12,.0f} views/s {baseline / seconds:9.1f} {peak / 1e6:9.1f} MB")
 
 
-def main():
+def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", help="folder of CIFAR-10, else toy images are drawn")
     parser.add_argument("--batch_size", type=int, default=1000)
     parser.add_argument("--jitter_strength", type=float, default=2.0)
-    args = parser.parse_args()
+    return parser
+
+
+def main(args):
     torch.set_num_threads(1)
     pixels, strength = load_images(args.data_root, args.batch_size), args.jitter_strength
     print(f"{f'{len(pixels)} images, strength {strength}':49} {'times':>9} {'peak':>12}")
@@ -116,4 +120,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, get_args_parser())

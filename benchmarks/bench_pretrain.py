@@ -31,6 +31,7 @@ from training_steps import Meter, prepare, wait  # noqa: E402
 
 from models import BNSNetwork, create_encoder  # noqa: E402
 from util.imbalanced_cifar import ImbalanceCIFAR10, long_tailed_counts  # noqa: E402
+from util.options import launch  # noqa: E402
 from util.toy_data import ToyCIFAR  # noqa: E402
 
 
@@ -119,8 +120,7 @@ def get_args_parser():
     return parser
 
 
-def main():
-    options = get_args_parser().parse_args()
+def main(options):
     if options.profile:
         return profile(options)
 
@@ -143,4 +143,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, get_args_parser())

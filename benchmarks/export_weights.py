@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from util.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from util.errors import UserError  # noqa: E402
+from util.options import launch  # noqa: E402
 
 OF_A_MACHINE = ("output_dir", "log_dir", "data_root", "resume", "eval", "device")
 
@@ -42,7 +43,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="final files of runs")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the small ones go")
-    try:
-        main(parser.parse_args())
-    except (UserError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    launch(main, parser)

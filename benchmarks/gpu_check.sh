@@ -78,6 +78,10 @@ part() {  # part NAME COMMAND: PART.code gets its exit code ("-" where no time w
     echo "$code $((SECONDS - began)) $began" > "$out/$name.code"
 }
 
+fail() { echo "gpu_check.sh: $*" >&2; exit 2; }
+
+[[ $# -le 1 && ${1-} != -* ]] || fail "found '$*', expected at most a folder; the variables DEVICE, MINUTES and PARTS do the rest"
+[[ $MINUTES =~ ^[0-9]+$ ]] || fail "MINUTES: found '$MINUTES', expected a whole number"
 out=${1:-output_dir/gpu_check-$(date +%Y%m%d-%H%M%S)}
 longest=200  # seconds of a part
 trap 'kill $(jobs -p) 2> /dev/null' EXIT  # after Ctrl-C: what runs in the background would not hear of it
@@ -91,10 +95,11 @@ case $DEVICE in
         big=16 half=8 later=4 small="--model test_resnet --input_size 16"
         blocks1=$once blocks2=$once
         export TORCH_COMPILE_DISABLE=1 ;;  # it would take ten minutes of one core
-    *) echo "gpu_check.sh: found DEVICE='$DEVICE', expected cuda or cpu" >&2; exit 2 ;;
+    *) fail "DEVICE: found '$DEVICE', expected cuda or cpu" ;;
 esac
 mkdir -p "$out" || exit 2
 parts
+[ -n "$(find "$out" -name '*.code')" ] || fail "PARTS: found '$PARTS', which matches no part, expected patterns such as 'rates stage1-*'"
 {
     echo "gpu_check.sh at commit $(git describe --always --dirty 2> /dev/null || echo unknown), $SECONDS s"
     python benchmarks/gpu_table.py "$out"

@@ -1,6 +1,6 @@
 """Draw training and test features of an encoder in two dimensions, classes coloured.
 
-    python benchmarks/plot_feature_space.py CHECKPOINT --data_root FOLDER [--out image/feature-space.png]
+    python benchmarks/plot_feature_space.py CHECKPOINT (--data_root FOLDER | --toy_data) [--out image/feature-space.png]
 
 CHECKPOINT is a file of any stage, of this project or of the paper's authors; what it was trained on and with is read
 from it. As in the paper's figure, the projection is t-SNE, here one for both halves, of at most 1000 training and 1000
@@ -22,6 +22,7 @@ from engine import load_data, predict  # noqa: E402
 from models import create_encoder  # noqa: E402
 from util.batches import to_device  # noqa: E402
 from util.checkpoint import load_checkpoint, load_encoder, stage_of  # noqa: E402
+from util.errors import UserError  # noqa: E402
 from util.options import launch  # noqa: E402
 from util.reports import class_balanced  # noqa: E402
 from util.run import Run  # noqa: E402
@@ -32,9 +33,11 @@ SHOWN = 1000  # images of each half
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--data_root", help="folder that holds CIFAR; unset, toy images are drawn")
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--data_root", help="folder that holds CIFAR")
+    images.add_argument("--toy_data", action="store_true", help="draw toy images instead")
     parser.add_argument("--dataset", choices=["cifar10", "cifar100"], help="unset, the checkpoint's, or cifar10")
-    parser.add_argument("--out", default="feature-space.png")
+    parser.add_argument("--out", type=Path, default="feature-space.png")
     return parser
 
 
@@ -67,11 +70,13 @@ def tsne(features, perplexity=30, steps=750):
 
 
 def main(args):
+    if args.out.suffix.lower() not in (".png", ".pdf", ".svg") or not args.out.parent.is_dir():
+        raise UserError(f"--out: found {args.out}, expected a .png, .pdf or .svg in a folder that exists")
     checkpoint = load_checkpoint(args.checkpoint, "CHECKPOINT")
     stage, trained = stage_of(checkpoint), checkpoint["args"]
     dataset = args.dataset or trained.get("dataset", "cifar10")
     script = {"cifar10": main_cifar10_pretrain_bns, "cifar100": main_cifar100_pretrain_bns}[dataset]
-    data = ["--data_root", args.data_root] if args.data_root else ["--toy_data"]
+    data = ["--toy_data"] if args.toy_data else ["--data_root", args.data_root]
     run = Run(script.get_args_parser().parse_args(["--eval", args.checkpoint, *data]))
     encoder = create_encoder(run.args.model, run.args.input_size)
     load_encoder(encoder, run.evaluated, args.checkpoint)

@@ -16,8 +16,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 from study import ADJUSTED, KNN, MOST_SEEDS, PLAIN, Study, accuracy, compare  # noqa: E402
+
+from util.errors import UserError  # noqa: E402
+from util.options import launch  # noqa: E402
 
 GROUPS = ("many", "medium", "few", "overall")
 ROWS = 8  # of the table of a stage 1, at most
@@ -231,7 +234,7 @@ def save(figure, path):
 def main(args):
     study = Study(args.folder)
     if not study.runs and not study.notes:
-        sys.exit(f"plot_results.py: found no VARIANT-seed<number>.txt in {args.folder}, expected the logs of a study")
+        raise UserError(f"found no VARIANT-seed<number>.txt in {args.folder}, expected the logs of a study")
     print(tables(study) + "\n")
     names = {name for runs in study.runs.values() for records in runs.values() for record in records for name in record}
     if study.later:
@@ -245,4 +248,4 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    main(parser.parse_args())
+    launch(main, parser)

@@ -6,10 +6,15 @@ from a random one.
 """
 import json
 import re
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 from scipy import stats  # dppy brings it
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from util.errors import UserError  # noqa: E402
 
 PLAIN, ADJUSTED, KNN = "test_", "test_adjusted_", "knn_"  # what the names of a log's accuracies begin with
 PART = re.compile(r"(\S+): .*\((\d+) s on (\d+) (.+), commit ([^,]*?)(, stopped)?\)")
@@ -24,11 +29,26 @@ def accuracy(record, group, kind):
     return np.nan if fraction is None else 100 * fraction
 
 
+def read_log(path):
+    """The records of a run's log.txt, a list of dicts. Raises UserError for a line that is none."""
+    records = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if not (isinstance(record, dict) and {"epoch", "train_images"} <= record.keys()):
+            raise UserError(f"{path}, line {number}: found '{line[:40]}', expected an epoch as a run's log.txt has it")
+        records.append(record)
+    return records
+
+
 class Study:
     """The finished runs of a folder.
 
     Attributes: `runs`, dict from variant to dict from seed to the list of its epochs' records, all of one length;
     `stages1`, the variants that are a stage 1; `later`, the others, by falling accuracy; `notes`, what is left out.
+    Raises UserError for a file that is no log.
     """
 
     def __init__(self, folder):
@@ -38,8 +58,11 @@ class Study:
         stopped = self._read_commands(folder / "commands")
         found = defaultdict(dict)
         for path in sorted(folder.glob("*-seed*.txt")):
-            variant, seed = re.fullmatch(r"(.+)-seed(\d+)", path.stem).groups()
-            records = [json.loads(line) for line in path.read_text().splitlines()]
+            name = re.fullmatch(r"(.+)-seed(\d+)", path.stem)
+            if not name:
+                raise UserError(f"found {path}, expected VARIANT-seed<number>.txt")
+            variant, seed = name.groups()
+            records = read_log(path)
             last = records[-1] if records else {}
             unfinished = path.stem in stopped or ("test_acc1" if "-" in variant else "train_loss") not in last
             if unfinished:

@@ -123,6 +123,7 @@ FILES = {  # {bad} is the folder of the fixture, {out} a new one
         "--resume {bad}/weights.pth {bad}/weights.pth": "auto FILE",
         "--resume auto {bad}/absent.pth": "no file",
         "--overwrite --resume auto": "--resume auto",
+        "--start_epoch 0 --resume auto": "--resume auto",
         f"--overwrite --resume {P} --output_dir {{bad}}/{PRETRAIN}": "would delete checkpoint-0.pth",
         f"--output_dir {{bad}}/{LINEPROB} --resume auto": "stage lineprob_bns",
         f"--output_dir {{bad}}/{PRETRAIN}": "another run",

@@ -87,6 +87,15 @@ def test_parts_without_time_are_named(check):
     assert (status, calls) == (1, []) and [cells[part]["result"] for part in cells] == ["LEFT OUT: no time"] * 2
 
 
+@pytest.mark.parametrize("arguments, variables, named", [
+    (["--help"], {}, "--help"), (["a", "b"], {}, "a b"), (["a"], {"PARTS": "stage9"}, "PARTS"),
+    (["a"], {"MINUTES": "ten"}, "MINUTES"), (["a"], {"DEVICE": "tpu"}, "DEVICE")])
+def test_wrong_arguments_end_in_one_line(arguments, variables, named, tmp_path):
+    done = subprocess.run(["bash", ROOT / "benchmarks" / "gpu_check.sh", *arguments], cwd=tmp_path, text=True,
+                          env=os.environ | variables, capture_output=True)
+    assert done.returncode == 2 and done.stdout == "" and named in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_failed_tests_are_named(check, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tests.xml").write_text(

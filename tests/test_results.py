@@ -129,6 +129,7 @@ def test_tables(folder, capsys):
 def test_tables_of_odd_studies(folder, tmp_path, capsys):
     write_log(folder, "bns-uniform-seed45", evaluated(40), epochs=1)  # shorter than its fellows
     write_log(folder, "bns-probe-seed42", {}, epochs=1)  # not evaluated yet
+    write_log(folder, "bns-no_sampling-seed43", evaluated(20))
     write_log(folder, "eq12-ipdpp-seed42", evaluated(30, medium=None))  # one seed, an empty group, nothing adjusted
     write_log(folder, "scratch-uniform-seed42", evaluated(30), command="(1 s on 1 core, commit abc1234, stopped)")
     (folder / "scratch-adjusted_loss-seed42.txt").write_text("")
@@ -141,6 +142,8 @@ def test_tables_of_odd_studies(folder, tmp_path, capsys):
         "Unfinished, so left out: scratch-adjusted_loss-seed42, 0 epochs.",
         "No finished stage 1 `eq12`: what it costs is missing in the rows of `eq12-...`.",
         "| eq12-ipdpp | 1 | 60.0 | – | 15.0 | 30.0 | – | – | – | – | 2 k | 0.50 |",
+        "| bns-ipdpp against bns-no_sampling | plain | 1 pair | +44.0 (too few runs) | +0.0 (too few runs) "
+        "| +11.0 (too few runs) | +22.0 (too few runs) |",
         "| eq12-ipdpp against scratch-cross_entropy | plain | 1 and 2 | -25.0 (too few runs) | – "
         "| -6.2 (too few runs) | -12.5 (too few runs) |",
         "| eq12-ipdpp against bns-ipdpp | plain | 1 and 3 | -24.0 (too few runs) | – | -6.0 (too few runs) "
@@ -155,8 +158,18 @@ def test_tables_of_odd_studies(folder, tmp_path, capsys):
         (alone / f"{name}.txt").write_bytes((folder / f"{name}.txt").read_bytes())
         plot_results.main(plot_results.argparse.Namespace(folder=alone))
         assert "–" in capsys.readouterr().out  # no `commands`, so no hours
-    with pytest.raises(SystemExit, match="found no"):
+    with pytest.raises(UserError, match="found no"):
         plot_results.main(plot_results.argparse.Namespace(folder=tmp_path))
+
+
+@pytest.mark.parametrize("name, text, found", [
+    ("bns-seed0.txt", '{"epoch": 0, "train_images": 5}\n{"epoch": 1, "tra', "bns-seed0.txt, line 2: found '{"),
+    ("bns-seed0.txt", "[1, 2]\n", "line 1: found '[1, 2]'"), ("bns-seed0.txt", '{"loss": 1}', "line 1"),
+    ("bns-seed0.txt", "\x00\xff", "line 1"), ("bns-seed0-copy.txt", "", "expected VARIANT-seed<number>.txt")])
+def test_files_that_are_no_logs_are_named(name, text, found, tmp_path):
+    (tmp_path / name).write_text(text, encoding="latin1")
+    with pytest.raises(UserError, match=re.escape(found)):
+        Study(tmp_path)
 
 
 def test_runs_evaluated_in_other_epochs(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, for TensorBoard, made by matplotlib without its global state."""
+"""Figures of an evaluation, for TensorBoard."""
 import numpy as np
 
 from util.metrics import shot_groups
@@ -14,14 +14,6 @@ def new_figure(width, height):
     return figure, figure.add_subplot()
 
 
-def to_image(figure):
-    """Render a matplotlib Figure: uint8 (3, H, W)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1).copy()
-
-
 def accuracy_bars(confusion, class_counts, shot_thresholds, classes):
     """Test accuracy per class, classes in order of their training images, whose number is a line.
 
@@ -31,7 +23,7 @@ def accuracy_bars(confusion, class_counts, shot_thresholds, classes):
         classes: C names.
 
     Returns:
-        uint8 (3, H, W).
+        A matplotlib Figure.
     """
     confusion, class_counts = np.asarray(confusion), np.asarray(class_counts)
     order = np.argsort(-class_counts, kind="stable")
@@ -49,7 +41,7 @@ def accuracy_bars(confusion, class_counts, shot_thresholds, classes):
     counts.set(yscale="log", ylabel="training images (line)")
     counts.yaxis.set_major_formatter("{x:g}")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return to_image(figure)
+    return figure
 
 
 def confusion_heatmap(confusion, class_counts, classes):
@@ -71,7 +63,7 @@ def confusion_heatmap(confusion, class_counts, classes):
         for (row, column), value in np.ndenumerate(percent):
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8,
                       color="white" if value > 30 else "black")
-    return to_image(figure)
+    return figure
 
 
 def name_classes(axis, names, **style):

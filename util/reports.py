@@ -123,10 +123,14 @@ class RunLog:
         self.scalars({TAGS[name]: value for name, value in stats.items() if name in TAGS}, epoch + EPOCH_END, True)
 
     @tensorboard
-    def image(self, tag, image, epoch):
-        """Show `image` at `epoch`: (3, H, W), or (N, 3, H, W) as a sheet; uint8, or float in [0, 1]."""
-        add = self.writer.add_image if image.ndim == 3 else self.writer.add_images
-        add(tag, image, round(1000 * epoch))
+    def images(self, tag, images, epoch):
+        """Show `images` at `epoch` as a sheet: (N, 3, H, W); uint8, or float in [0, 1]."""
+        self.writer.add_images(tag, images, round(1000 * epoch))
+
+    @tensorboard
+    def figure(self, tag, figure, epoch):
+        """Show a matplotlib `figure` at `epoch`."""
+        self.writer.add_figure(tag, figure, round(1000 * epoch))
 
     @tensorboard
     def embedding(self, features, metadata, header, thumbnails, epoch):
@@ -183,7 +187,7 @@ def describe_draw(log, epoch, log_p, logits, train_set, subset, previous, kernel
             figures |= {"max_inclusion": float(inclusion.max()), "min_inclusion": float(inclusion.min())}
             ranked = members[np.argsort(-inclusion, kind="stable")]
             sheet = torch.from_numpy(train_set.data[np.concatenate([ranked[:16], ranked[-16:]])]).permute(0, 3, 1, 2)
-            log.image(f"{title}/most and least likely drawn", sheet, epoch)
+            log.images(f"{title}/most and least likely drawn", sheet, epoch)
         log.scalars({f"{title}/{name}": value for name, value in figures.items()}, epoch)
         record.append({"class": int(c), **figures})
     return {"drawn": record}
@@ -197,8 +201,8 @@ def show_predictions(log, epoch, features, logits, test_set, train_set, last):
     labels, counts = torch.tensor(test_set.targets), train_set.class_counts
     confusion = confusion_matrix(logits.cpu(), labels)
     bars = accuracy_bars(confusion, counts, train_set.shot_thresholds, train_set.classes)
-    log.image("test/accuracy per class", bars, epoch + EPOCH_END)
-    log.image("test/confusion", confusion_heatmap(confusion, counts, train_set.classes), epoch + EPOCH_END)
+    log.figure("test/accuracy per class", bars, epoch + EPOCH_END)
+    log.figure("test/confusion", confusion_heatmap(confusion, counts, train_set.classes), epoch + EPOCH_END)
     if last:
         shown = class_balanced(labels, PROJECTOR_IMAGES)
         predicted = logits.cpu()[shown].argmax(dim=1)

@@ -146,6 +146,9 @@ class Run:
         self.auto = wanted[:1] == ["auto"]
         if len(wanted) > 1 + self.auto or "auto" in wanted[1:]:
             raise UserError(f"--resume: found '{' '.join(wanted)}', expected FILE, auto, or auto FILE")
+        if self.auto and args.start_epoch is not None:
+            raise UserError("--start_epoch: found together with --resume auto, which goes on after the last epoch "
+                            "done; expected one of the two")
         if args.overwrite and self.auto:
             raise UserError("--overwrite: found together with --resume auto, expected one of the two: to delete "
                             "the run in --output_dir, or to continue it")
