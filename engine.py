@@ -8,7 +8,7 @@ from timm.utils import distribute_bn
 from torch.nn.utils import get_total_norm
 
 from util.errors import UserError
-from util.imbalanced_cifar import ImbalanceCIFAR10, ImbalanceCIFAR100
+from util.imbalanced_cifar import DATASETS
 from util.metrics import KNNClassifier, adjust_logits, classification_metrics
 from util.run import peak_memory
 from util.toy_data import ToyCIFAR
@@ -28,7 +28,7 @@ def load_data(run):
     if args.toy_data:
         train_set, test_set = (ToyCIFAR(args.num_classes, args.imbalanced_factor, train) for train in (True, False))
     else:
-        dataset = {"cifar10": ImbalanceCIFAR10, "cifar100": ImbalanceCIFAR100}[args.dataset]
+        dataset = DATASETS[args.dataset]
         processes.from_first(dataset.fetch, args.data_root)
         train_set, test_set = (dataset(args.data_root, args.imbalanced_factor, train) for train in (True, False))
     if not args.eval and args.batch_size * processes.world_size > len(train_set):

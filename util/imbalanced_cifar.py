@@ -107,3 +107,6 @@ class ImbalanceCIFAR100(LongTailedMixin, CIFAR100):
     """Long-tailed CIFAR-100. See LongTailedMixin."""
 
     num_classes, n_max, shot_thresholds = 100, 500, (100, 20)
+
+
+DATASETS = {"cifar10": ImbalanceCIFAR10, "cifar100": ImbalanceCIFAR100}

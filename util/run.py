@@ -24,6 +24,7 @@ from util.checkpoint import (
     stage_of,
 )
 from util.errors import UserError
+from util.imbalanced_cifar import DATASETS
 from util.options import RUN_FLAGS
 from util.output_folder import OutputFolder
 from util.processes import Processes, keep_freed_memory
@@ -63,7 +64,7 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
+        classes = DATASETS[args.dataset].num_classes
         if args.num_classes != classes:
             raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
         self.processes = Processes(args.device)
