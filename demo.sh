@@ -9,8 +9,8 @@ mkdir -p $out
 common=(--toy_data --model test_resnet --jitter_strength 0.25 --save_freq 1000 --seed "${SEED:-0}")
 given=("$@")
 for flag in "$@"; do
-    case $flag in --output_dir*|--log_dir*|--resume*|--eval|--eval=*|--overwrite|-h|--help)
-        echo "demo.sh: found $flag, expected flags that all scripts can share; its runs go to $out" >&2
+    case $flag in --output_dir*|--log_dir*|--resume*|--eval|--eval=*|--overwrite|-h|--help|--seed|--seed=*)
+        echo "demo.sh: found $flag, expected flags that all scripts can share; its runs go to $out, SEED=1 bash demo.sh sets the seed" >&2
         exit 2 ;;
     esac
 done

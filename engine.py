@@ -9,11 +9,10 @@ from torch.nn.utils import get_total_norm
 
 from util.errors import UserError
 from util.imbalanced_cifar import DATASETS
-from util.metrics import KNNClassifier, adjust_logits, classification_metrics
+from util.metrics import SHOTS, KNNClassifier, adjust_logits, classification_metrics
 from util.run import peak_memory
 from util.toy_data import ToyCIFAR
 
-GROUPS = ("many", "medium", "few")
 EVAL_BATCH = 500  # fixed, so that results do not depend on --batch_size
 ADVICE = "lower --lr or --blr, or try --amp none; checkpoints written before are as they were"
 
@@ -53,7 +52,6 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
         UserError: the loss or a weight is not finite.
     """
     network.train()
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     losses, rates, norms = [], [], []
     steps, accum_iter, num_images, began = len(batches), run.args.accum_iter, 0, time.monotonic()
     for step, (views, labels) in enumerate(batches):
@@ -76,7 +74,8 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
             run.progress.show(f"epoch {epoch}  step {step + 1}/{steps}  loss {loss.item():.4f}")
         if updates_now:
             run.scaler.unscale_(optimizer)
-            norms.append(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+            gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+            norms.append(get_total_norm(gradients))
             rates.append(optimizer.param_groups[0]["lr"])
             run.scaler.step(optimizer)
             run.scaler.update()
@@ -139,9 +138,11 @@ def predict(network, inputs, run, batch_size=EVAL_BATCH):
 
 
 def evaluate(logits, test_set, train_set, counts, tau, run):
-    """Print the accuracy of a classifier's test logits (N, C), in the format of the published code.
+    """Print the accuracy of a classifier on the test set, in the format of the published code.
 
     Args:
+        logits: float (N, C), of the test images.
+        test_set, train_set: of `load_data`.
         counts: (C,) images that it was trained on, per class.
         tau: strength of the logit adjustment, for which another line is printed; 0 for none.
 
@@ -158,7 +159,7 @@ def evaluate(logits, test_set, train_set, counts, tau, run):
     if tau:
         adjusted = classification_metrics(adjust_logits(logits, counts, tau), labels, *shots)
         run.say(accuracy_line(f"* logit-adjusted (tau {tau:g}):", adjusted))
-        stats |= {f"test_adjusted_{name}": adjusted[name] for name in ("acc1", *GROUPS)}
+        stats |= {f"test_adjusted_{name}": adjusted[name] for name in ("acc1", *SHOTS)}
     if run.args.eval:
         run.say("accuracy per class, in order of training images: "
                 + " ".join(f"{fraction:.3f}" for fraction in metrics["per_class"]))
@@ -168,7 +169,7 @@ def evaluate(logits, test_set, train_set, counts, tau, run):
 def evaluate_knn(encoder, images, labels, test_images, test_set, train_set, run):
     """Print how well the nearest neighbours of the encoder's features classify the test set.
 
-    images, labels: of the training set on the device; test_images: of the test set.
+    images, labels: of the training set, as of `util.batches.to_device`; test_images: uint8 (N, 3, H, W) of the test set.
     Returns a dict for log.txt: `knn_acc1` in percent, `knn_many`, `knn_medium`, `knn_few` as fractions.
     """
     features, queries = predict(encoder, images, run), predict(encoder, test_images, run)
@@ -176,12 +177,12 @@ def evaluate_knn(encoder, images, labels, test_images, test_set, train_set, run)
     metrics = classification_metrics(votes.cpu(), torch.tensor(test_set.targets), train_set.class_counts,
                                      train_set.shot_thresholds)
     run.say(accuracy_line("* kNN", metrics))
-    return {f"knn_{name}": metrics[name] for name in ("acc1", *GROUPS)}
+    return {f"knn_{name}": metrics[name] for name in ("acc1", *SHOTS)}
 
 
 def shot_texts(metrics):
     """Pairs such as ("Many", "0.538"); "none" where there is no such class."""
-    return [(name.capitalize(), "none" if metrics[name] is None else f"{metrics[name]:.3f}") for name in GROUPS]
+    return [(name.capitalize(), "none" if metrics[name] is None else f"{metrics[name]:.3f}") for name in SHOTS]
 
 
 def accuracy_line(title, metrics):

@@ -74,9 +74,9 @@ def main(args):
     loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed)
     steps = loader.steps(counts.sum())
 
-    # AdamW. The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay),
-                                  lr=run.learning_rate(counts.sum()), betas=(0.9, 0.95), fused=True)
+    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
+    lr = args.lr or args.blr * run.images_per_update(counts.sum()) / 256
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
         warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,
@@ -88,12 +88,13 @@ def main(args):
         run.say(f"--mcmc_steps {args.mcmc_steps}: the chain mixes in about {mixing_steps(args.num_samples)} steps; "
                 "after far fewer, draws lie between uniform and exact ones")
     for epoch in range(run.start_epoch, args.epochs):
-        # Draw before the first epoch and every --sampling_freq epochs, but not before the last.
+        # Draw before the first epoch and, as the published code, before epochs 9, 19, ..., but not before the last.
         redraw = (epoch + 1) % args.sampling_freq == 0 and epoch < args.epochs - 1
         draw_stats = {}
         if args.ipdpp_sampler != "none" and (subset is None or redraw):
             train_logits = predict(model, images, run)  # by the current model in eval mode, of clean images
-            log_p, previous = true_label_log_probabilities(train_logits, labels), subset
+            log_p = true_label_log_probabilities(train_logits, labels)
+            previous = subset
             subset = run.processes.from_first(
                 draw_subset, log_p, train_set.targets, args.num_samples, (args.seed, epoch),
                 args.ipdpp_sampler, args.ipdpp_kernel, args.mcmc_steps)

@@ -62,9 +62,9 @@ def main(args):
     loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed)
     steps = loader.steps(counts.sum())
 
-    # AdamW. The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay),
-                                  lr=run.learning_rate(counts.sum()), betas=(0.9, 0.95), fused=True)
+    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
+    lr = args.lr or args.blr * run.images_per_update(counts.sum()) / 256
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
         warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,

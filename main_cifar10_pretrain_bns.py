@@ -70,10 +70,10 @@ def main(args):
     all_indices = torch.arange(len(images))
     steps = loader.steps(len(all_indices))
 
-    # AdamW. The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay),
-                                  lr=run.learning_rate(steps * args.batch_size * run.processes.world_size),
-                                  betas=(0.9, 0.95), fused=True)
+    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
+    images_of_epoch = steps * args.batch_size * run.processes.world_size
+    lr = args.lr or args.blr * run.images_per_update(images_of_epoch) / 256
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
         warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,

@@ -31,7 +31,7 @@ def create_encoder(name, input_size=32):
     try:
         if is_model_in_modules(name, ["resnet"]):
             encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
-            encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, 3, stride=1, padding=1, bias=False)
+            encoder.conv1 = nn.Conv2d(3, encoder.layer1[0].conv1.in_channels, 3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
             encoder.maxpool = nn.Identity()
         else:
@@ -98,6 +98,4 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, images):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.enc(images)
-        return self.lin(features)
+        return self.lin(self.enc(images))

@@ -46,6 +46,8 @@ def bad(few_images_throughout, tmp_path_factory):
     (folder / "text.pth").write_text("<html>404</html>\n")
     torch.save(pretrained["model"], folder / "bare.pth")
     torch.save({**pretrained, "epoch": "last"}, folder / "epoch.pth")
+    torch.save({**pretrained, "history": [{"loss": 1.0}]}, folder / "history.pth")
+    torch.save({**pretrained, "subset": [1, 2]}, folder / "subset.pth")
     torch.save({**pretrained, "model": {5: torch.ones(1)}}, folder / "number.pth")
     torch.save({"model": finetuned["model"]}, folder / "weights.pth")
     layer = {name: value for name, value in finetuned["model"].items() if name.startswith("lin.")}
@@ -83,7 +85,8 @@ FLAGS = {  # each with what the line must name beside the flag
         "--seed -1": "from 0 to", f"--seed {2**63}": "from 0 to",
         "--num_classes 100": "expected 10", "--device cuda:x": "cuda:N", "--device tpu": "auto, cpu",
         "--model resnet1": "resnet18", "--model test_vit --input_size 17": "17",
-        "--epoch 3": "unrecognized", "--bns_form eq13": "eq12", "--loss logit_adjusted": "unrecognized",
+        "--epoch 3": "unrecognized", "-d there": "unrecognized", "-drthere": "unrecognized", "-s 3": "unrecognized",
+        "--bns_form eq13": "eq12", "--loss logit_adjusted": "unrecognized",
         "--logit_adjustment 1": "unrecognized",
     },
     FINETUNE: {
@@ -111,6 +114,8 @@ FILES = {  # {bad} is the folder of the fixture, {out} a new one
         "--resume {bad}/bare.pth": "no entry 'model'",
         "--resume {bad}/number.pth": "no entry 'model'",
         "--resume {bad}/epoch.pth": "an entry 'epoch' of type str, expected int",
+        "--resume {bad}/subset.pth": "an entry 'subset' of type list, expected Tensor",
+        "--resume {bad}/history.pth": "expected the lines of log.txt",
         "--resume {bad}/layer.pth": "no encoder",
         "--resume {bad}": "no file",
         f"--resume {P} --model test_vit": "--model test_resnet",
@@ -315,7 +320,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
         load_checkpoint(tmp_path / "file.pth", "--eval")
 
 
-@pytest.mark.parametrize("flag", ["--output_dir", "--eval=x", "--overwrite", "--help"])
+@pytest.mark.parametrize("flag", ["--output_dir", "--eval=x", "--overwrite", "--help", "--seed"])
 def test_demo_refuses_what_its_scripts_cannot_share(flag):
     done = subprocess.run(["bash", str(ROOT / "demo.sh"), flag], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and f"demo.sh: found {flag}, expected" in done.stderr

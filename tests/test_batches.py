@@ -77,6 +77,12 @@ def test_processes_share_an_epoch(images, drop_last):
         assert set(together[step].tolist()) == set(torch.cat([share[step] for share in shares]).tolist())
 
 
+def test_more_processes_than_images_get_one_each():
+    shares = [loader(10, 10, 0, 32, rank).epoch(0, torch.arange(10)).indices for rank in range(32)]
+    assert all(len(share) == len(share[0]) == 1 for share in shares)
+    assert torch.cat([share[0] for share in shares]).bincount().unique().tolist() == [3, 4]
+
+
 def test_derive_seeds_differ_in_every_part():
     keys = itertools.product(range(3), repeat=4)
     seeds = {derive_seed(*key) for key in keys} | {derive_seed(0, 1), derive_seed(1, 0), derive_seed(1)}

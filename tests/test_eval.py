@@ -139,6 +139,8 @@ def test_what_was_trained_with_adjusted_logits_is_not_adjusted_again(tmp_path, c
     last = run(finetune, tmp_path, "--epochs", 1, "--num_samples", 10, "--loss", "logit_adjusted")[-1]
     metrics = evaluate(finetune, final_file(finetune, tmp_path))
     assert "logit-adjusted" not in capsys.readouterr().out
+    assert evaluate(finetune, final_file(finetune, tmp_path), "--logit_adjustment", 2) == metrics
+    assert "--logit_adjustment has no effect with --loss logit_adjusted\n" in capsys.readouterr().out
     assert metrics == figures_of(last) and not [name for name in last if "adjusted" in name]
 
 
@@ -247,8 +249,8 @@ def test_a_data_root_asks_for_real_images(trained, tmp_path, capsys):
 
 def test_eval_of_another_data_set_is_said_aloud(tmp_path, capsys):
     """An encoder fits both, so that its weights cannot tell."""
-    run(pretrain, tmp_path, "--epochs", 1, "--batch_size", 60)
-    path = final_file(pretrain, tmp_path)
+    run(pretrain, tmp_path, "--epochs", 1, "--batch_size", 60, "--imbalanced_factor", 200)  # too many for CIFAR-100
+    path = tmp_path / "pretrain_bns_cifar10_if200.pth"
     for script, said in ((pretrain100, f"evaluating on cifar100; {path} was trained on cifar10\n"), (pretrain, "")):
         capsys.readouterr()
         evaluate(script, path)

@@ -12,7 +12,7 @@ def random_images(count, size=32, seed=0):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name, channels", [("resnet18", 512), ("resnet50", 2048)])
+@pytest.mark.parametrize("name, channels", [("resnet18", 512), ("resnet50", 2048), ("resnet50_gn", 2048)])
 def test_cifar_stem_keeps_the_resolution(name, channels):
     encoder = create_encoder(name)
     assert encoder.conv1.weight.shape == (64, 3, 3, 3) and encoder.conv1.stride == (1, 1) and encoder.conv1.bias is None

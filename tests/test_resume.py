@@ -176,9 +176,10 @@ def test_changed_accum_iter_has_the_rate_of_its_own_updates(quick_runs, tmp_path
     assert rates == learning_rates(tmp_path / "whole") and len(rates) == 2 * 3 and len(set(rates.values())) > 3
 
 
-def test_start_epoch_repeats_no_epoch_of_a_run_that_began_late(quick_runs, tmp_path):
+def test_start_epoch_repeats_no_epoch_of_a_run_that_began_late(quick_runs, tmp_path, capsys):
     flags = ["--num_samples", 5, "--save_freq", 1]
     run(LINEPROB, tmp_path, *flags, "--epochs", 4, "--start_epoch", 2)
+    assert "--start_epoch 2: continues no run" in capsys.readouterr().out
     run(LINEPROB, tmp_path, *flags, "--epochs", 5, "--start_epoch", 3, "--resume", tmp_path / "checkpoint-3.pth")
     assert epochs(tmp_path) == [2, 3, 4]
 
@@ -235,7 +236,8 @@ def test_nothing_left_to_train_writes_the_final_file(quick_runs, tmp_path, capsy
      ["--num_samples has no effect with --ipdpp_sampler none"]),
     (FINETUNE, ("--ipdpp_sampler", "uniform", "--num_samples", 5, "--mcmc_steps", 9, "--ipdpp_kernel", "paper"),
      [f"--{name} has no effect with --ipdpp_sampler uniform" for name in ("ipdpp_kernel", "mcmc_steps")]),
-    (FINETUNE, ("--num_samples", 5), []), (LINEPROB, ("--num_samples", 5), [])])
+    (LINEPROB, ("--lr", 1e-3, "--blr", 1e-2), ["--blr has no effect with --lr 0.001"]),
+    (FINETUNE, ("--num_samples", 5, "--lr", 1e-3), []), (LINEPROB, ("--num_samples", 5, "--blr", 1e-3), [])])
 def test_flags_without_effect_are_named(script, flags, said, quick_runs, tmp_path, capsys):
     run(script, tmp_path, "--epochs", 1, *flags)
     assert [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line] == said

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 CPU_CHUNK = 128  # images of 32 x 32 whose intermediate results stay in a core's cache
@@ -66,12 +67,6 @@ def resize_weights(start: Tensor, length: Tensor, flip: Tensor, in_size: int, ou
     weights = (1 - distance / scale.clamp(min=1)).clamp_(min=0)
     weights *= (start <= pixel) & (pixel < start + length)
     return weights / weights.sum(-1, keepdim=True)
-
-
-def luma(images: Tensor) -> Tensor:
-    """Grey (N, 1, H, W) of RGB (N, 3, H, W), by the weights of ITU-R BT.601."""
-    red, green, blue = images.split(1, dim=1)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -161,8 +156,8 @@ class SimCLRAugment:
             images[hue_here] = adjust_hue(images[hue_here], hue_shift[hue_here])
             if i < 3:
                 scale, gray_weight, mean_weight = blends[i::3]
-                gray = luma(images)
+                gray = rgb_to_grayscale(images)
                 blend = torch.addcmul(gray_weight * gray, mean_weight, gray.mean((2, 3), keepdim=True))
                 images.mul_(scale).add_(blend).clamp_(0, 1)
-        images[gray_images] = luma(images[gray_images])
+        images[gray_images] = rgb_to_grayscale(images[gray_images])
         return gaussian_blur(images, sigma)

@@ -20,7 +20,7 @@ def derive_seed(*key):
 
 
 def split_epoch(num_images, batch_size, drop_last=False):
-    """Sizes of an epoch's batches: a list of ints.
+    """Sizes of an epoch's batches: a list of ints. With `drop_last`, an incomplete last batch is left out.
 
     A last batch of one image joins the batch before it, since batch norm cannot train on a single value per channel.
     """
@@ -65,14 +65,15 @@ class DeviceLoader:
         world_size = self.processes.world_size
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = subset[torch.randperm(len(subset), generator=generator)]
-        order = torch.cat((order, order[:-len(order) % world_size])).to(self.images.device)
-        mine = order[self.processes.rank::world_size]
+        share = math.ceil(len(order) / world_size)  # images are repeated until every process has as many
+        order = order.repeat(math.ceil(share * world_size / len(order))).to(self.images.device)
+        mine = order[self.processes.rank:share * world_size:world_size]
         sizes = self._sizes(len(subset))
         return EpochBatches(self, epoch, mine[:sum(sizes)].split(sizes))
 
 
 class EpochBatches:
-    """Yields (views, labels) of each step: a list of float (n, 3, size, size) views in [0, 1], and int64 (n,).
+    """Yields (views, labels) of each step: a tuple of float (n, 3, size, size) views in [0, 1], and int64 (n,).
 
     Attribute `indices`: the images of each step, a list of int64 tensors.
     """

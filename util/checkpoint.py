@@ -12,6 +12,7 @@ from timm.models import clean_state_dict
 from util.errors import UserError
 
 LATEST = "checkpoint-latest.pth"
+ENTRIES = {"epoch": int, "optimizer": dict, "scaler": dict, "history": list, "subset": torch.Tensor}  # or None
 
 
 def write_atomically(path, content):
@@ -67,10 +68,13 @@ def load_checkpoint(path, flag="--resume"):
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in model.items()):
         raise UserError(f"{flag}: {path} holds no entry 'model' with weights, expected one of this project's "
                         "or the authors' checkpoints")
-    for name, kind in (("epoch", int), ("optimizer", dict), ("history", list)):
+    for name, kind in ENTRIES.items():
         if not isinstance(checkpoint.get(name), kind | None):
             raise UserError(f"{flag}: {path} holds an entry '{name}' of type {type(checkpoint[name]).__name__}, "
                             f"expected {kind.__name__}")
+    if not all(isinstance(record, dict) and isinstance(record.get("epoch"), int)
+               for record in checkpoint.get("history") or ()):
+        raise UserError(f"{flag}: {path} holds a 'history' that is not one of epochs, expected the lines of log.txt")
     args = checkpoint.get("args")
     args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
     model = {re.sub(r"^(enc\.layer\d+\.\d+\.)shortcut\.", r"\1downsample.", name): value

@@ -178,8 +178,7 @@ def mixing_steps(k):
 
 def true_label_log_probabilities(logits, labels):
     """log p of the true label, float64 (N,) in NumPy, of logits, float tensor (N, C), and labels, int64 (N,)."""
-    log_probabilities = F.log_softmax(logits.double(), dim=1)
-    return log_probabilities.gather(1, labels[:, None])[:, 0].cpu().numpy()
+    return -F.cross_entropy(logits.double(), labels, reduction="none").cpu().numpy()
 
 
 def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="paper", mcmc_steps=1000):
@@ -188,6 +187,7 @@ def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="pape
     Args:
         log_p: (N,) log probabilities of the true labels; unused for "uniform".
         targets: N integer labels.
+        num_samples: images to keep of a class, at most.
         seed: (seed, redraw), two integers >= 0. Together with the class they determine its draw.
         sampler: "exact" (`sample_k_dpp`), "mcmc" (`exchange_chain`) or "uniform" (plain random undersampling).
         kernel, mcmc_steps: of the k-DPP, and of the chain.

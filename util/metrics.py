@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from timm.utils import accuracy
 from torch import nn
 
+SHOTS = ("many", "medium", "few")
+
 
 def shot_groups(class_counts, shot_thresholds):
     """Splits the classes by training images: boolean arrays (C,) of the many-, medium- and few-shot classes.
@@ -119,6 +121,7 @@ class KNNClassifier(nn.Module):
         self.k, self.temperature = min(k, len(features)), temperature
         self.register_buffer("features", F.normalize(features.float(), dim=1))
         self.register_buffer("labels", labels)
+        # torch.bincount would wait for the GPU.
         counts = labels.new_zeros(num_classes).scatter_add(0, labels, torch.ones_like(labels))
         self.register_buffer("class_counts", counts)
 

@@ -124,8 +124,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """Parse; `given` of the result holds the names of the flags that the user gave."""
-        parsed = super().parse_args(args, namespace)
         words = {word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)}
+        known = {option for action in self._actions for option in action.option_strings}
+        for word in words - known:
+            if word[:1] == "-" and word[1:2].isalpha():  # argparse would take -d for -dr, and -dr/data for -dr /data
+                self.error(f"unrecognized arguments: {word}")
+        parsed = super().parse_args(args, namespace)
         parsed.given = [action.dest for action in self._actions if words & set(action.option_strings)]
         return parsed
 

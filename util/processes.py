@@ -68,14 +68,15 @@ class Processes:
         """Call `function(*args)` in the first process only and give its result to all. An exception there ends all."""
         if self.world_size == 1:
             return function(*args)
-        result, failure = [None, False], None
+        value = failure = None
         if self.first:
             try:
-                result = [function(*args), False]
+                value = function(*args)
             except Exception as error:  # whatever it is, the other processes must not wait for a result
-                result, failure = [None, True], error
-        dist.broadcast_object_list(result, group=self._hosts)
-        value, failed = result
+                failure = error
+        message = [value, failure is not None]
+        dist.broadcast_object_list(message, group=self._hosts)
+        value, failed = message
         if failed:
             raise failure or SystemExit(2)  # the first process tells the reason
         return value

@@ -68,10 +68,10 @@ class Progress:
 def tensorboard(write):
     """Decorates a method of RunLog that uses its writer. If that fails, training goes on without TensorBoard."""
     @functools.wraps(write)
-    def write_or_give_up(self, *args):
+    def write_or_give_up(self, *args, **kwargs):
         try:
             if self.writer:
-                write(self, *args)
+                write(self, *args, **kwargs)
         except OSError as error:
             print(f"could not write TensorBoard: {error}; training goes on without it", file=sys.stderr, flush=True)
             self.writer = None
@@ -120,7 +120,8 @@ class RunLog:
 
     def results(self, stats, epoch):
         """Plot those figures of an epoch that have a tag in TAGS, and flush all that was written."""
-        self.scalars({TAGS[name]: value for name, value in stats.items() if name in TAGS}, epoch + EPOCH_END, True)
+        values = {TAGS[name]: value for name, value in stats.items() if name in TAGS}
+        self.scalars(values, epoch + EPOCH_END, flush=True)
 
     @tensorboard
     def images(self, tag, images, epoch):
@@ -196,7 +197,7 @@ def describe_draw(log, epoch, log_p, logits, train_set, subset, previous, kernel
 def show_predictions(log, epoch, features, logits, test_set, train_set, last):
     """Show accuracy per class and the confusion matrix in TensorBoard, and after the `last` epoch the features too.
 
-    features, logits: of the test images, (N, D) and (N, C).
+    features, logits: of the test images, float (N, D) and (N, C).
     """
     labels, counts = torch.tensor(test_set.targets), train_set.class_counts
     confusion = confusion_matrix(logits.cpu(), labels)

@@ -29,6 +29,7 @@ from util.options import RUN_FLAGS
 from util.output_folder import OutputFolder
 from util.processes import Processes, keep_freed_memory
 from util.reports import Progress, RunLog
+from util.signals import StopSignal
 
 PICTURES = 10  # epochs of a run whose evaluation TensorBoard shows as pictures
 LATEST_EVERY = 60.0  # seconds; on a GPU, an epoch can be shorter than the writing of its checkpoint
@@ -52,10 +53,11 @@ class Run:
 
     Attributes that the recipes use:
 
-        args                   the flags
+        args, model            the flags; the model that `begin` was given, without DDP and torch.compile
         device, processes      where tensors lie; the processes of the run
         autocast(), scaler     precision of the forward pass; scales the loss of float16
         start_epoch, subset    first epoch to train; images drawn before it, or None
+        evaluated              with --eval: its checkpoint
         log, progress          TensorBoard and log.txt; the progress line
 
     Raises:
@@ -73,6 +75,9 @@ class Run:
             self._adopt_flags()
         else:
             self._check_flags()
+        for name, (other, values) in WITHOUT_EFFECT.items():
+            if name in args.given and getattr(args, other, None) in values:
+                self.say(f"--{name} has no effect with --{other} {getattr(args, other)}")
         dtype = amp_dtype(args.amp, self.device)
         args.amp = str(dtype).removeprefix("torch.") if dtype else "none"
         self.autocast = lambda: torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
@@ -98,25 +103,24 @@ class Run:
             if flag in args.given:
                 raise UserError(f"--{flag}: found together with --eval, expected one of the two")
         self.evaluated = load_checkpoint(args.eval, "--eval")
-        given, taken = set(args.given), []
-        if "data_root" in given:
-            given.add("toy_data")  # real images were asked for
+        dataset, taken = self.evaluated["args"].get("dataset", args.dataset), []
+        if dataset != args.dataset:
+            self.say(f"evaluating on {args.dataset}; {args.eval} was trained on {dataset}")
         for name in EVAL_FLAGS:
             trained = self.evaluated["args"].get(name)
             if trained is None or not hasattr(args, name) or trained == getattr(args, name):
                 continue
-            if name == "toy_data" and name not in args.given and name in given:
-                self.say(f"evaluating on the images of --data_root; {args.eval} was trained on toy images")
-            elif name in given:
+            if name in args.given:
                 self.say(f"--{name} {getattr(args, name)}, as asked; {args.eval} was trained with {trained}")
+            elif name == "toy_data" and "data_root" in args.given:
+                self.say(f"evaluating on the images of --data_root; {args.eval} was trained on toy images")
+            elif name == "imbalanced_factor" and dataset != args.dataset:
+                continue  # this data set may not have as many images
             elif name != "model" or timm.is_model(trained):  # a published file may name it in another way
                 setattr(args, name, trained)
                 taken.append(f"{name} {trained}")
         if taken:
             self.say(f"from the checkpoint: {', '.join(taken)}")
-        dataset = self.evaluated["args"].get("dataset", args.dataset)
-        if dataset != args.dataset:
-            self.say(f"evaluating on {args.dataset}; {args.eval} was trained on {dataset}")
 
     def load_evaluated(self, model):
         """Load the checkpoint of --eval into `model`. Raises UserError if it is of another stage or does not fit."""
@@ -140,12 +144,11 @@ class Run:
             args.warmup_epochs = args.epochs // 5
         if (args.start_epoch or 0) >= args.epochs:
             raise UserError(f"--start_epoch: found {args.start_epoch}, expected less than --epochs {args.epochs}")
-        for name, (other, values) in WITHOUT_EFFECT.items():
-            if name in args.given and getattr(args, other, None) in values:
-                self.say(f"--{name} has no effect with --{other} {getattr(args, other)}")
+        if args.lr and "blr" in args.given:
+            self.say(f"--blr has no effect with --lr {args.lr:g}")
         wanted = args.resume or []
         self.auto = wanted[:1] == ["auto"]
-        if len(wanted) > 1 + self.auto or "auto" in wanted[1:]:
+        if len(wanted) > (2 if self.auto else 1) or "auto" in wanted[1:]:
             raise UserError(f"--resume: found '{' '.join(wanted)}', expected FILE, auto, or auto FILE")
         if self.auto and args.start_epoch is not None:
             raise UserError("--start_epoch: found together with --resume auto, which goes on after the last epoch "
@@ -154,17 +157,9 @@ class Run:
             raise UserError("--overwrite: found together with --resume auto, expected one of the two: to delete "
                             "the run in --output_dir, or to continue it")
 
-    def learning_rate(self, num_images):
-        """--lr, or --blr per 256 images of an update, which are never more than those of an epoch, `num_images`.
-
-        Raises UserError if --min_lr is above it.
-        """
-        args = self.args
-        update = min(args.batch_size * self.processes.world_size * args.accum_iter, num_images)
-        lr = args.lr or float(args.blr * update / 256)
-        if args.min_lr > lr:
-            raise UserError(f"--min_lr: found {args.min_lr:g}, expected at most the learning rate, {lr:g}")
-        return lr
+    def images_per_update(self, num_images):
+        """Images of all processes that make an update of the weights; in an epoch of `num_images`, at most as many."""
+        return min(self.args.batch_size * self.processes.world_size * self.args.accum_iter, int(num_images))
 
     def updates_per_epoch(self, steps):
         """Updates of the weights in an epoch of `steps`."""
@@ -182,6 +177,9 @@ class Run:
             OSError: a file cannot be written.
         """
         args, first = self.args, self.processes.first
+        lr = optimizer.param_groups[0]["initial_lr"]  # the scheduler has set "lr" to the warm-up's first, 0
+        if args.min_lr > lr:
+            raise UserError(f"--min_lr: found {args.min_lr:g}, expected at most the learning rate, {lr:g}")
         self.model, self.optimizer = model, optimizer
         self.start_epoch, self.history, self.subset = args.start_epoch or 0, [], None
         final = f"{args.stage}_{args.dataset}_if{args.imbalanced_factor:.10g}.pth"
@@ -203,13 +201,16 @@ class Run:
         elif not args.resume and args.stage != "pretrain_bns":
             self.say("no --resume: starting from a randomly initialised encoder")
 
+        if self.start_epoch and not continues:
+            self.say(f"--start_epoch {self.start_epoch}: continues no run, so the epochs before it are left out")
         source = path.resolve() if path else None
+        self.processes.any(False)  # until all have read `path`, which `claim` may rename
         self.processes.from_first(self.folder.claim, source, continues, self.auto, args.overwrite)
         self.log = RunLog(self.folder.path, self.folder.log_dir, self.folder.suffix, self.start_epoch, quiet=not first)
         self.log.write_history(self.history)
         self.progress = Progress(args.epochs * steps, self.start_epoch * steps, quiet=not first)
         self.saved_at = time.monotonic()
-        toy, lr = "toy data like " if args.toy_data else "", optimizer.param_groups[0]["initial_lr"]
+        toy = "toy data like " if args.toy_data else ""
         self.say(f"{args.stage} on {toy}{args.dataset} at IF {args.imbalanced_factor:.10g}: {steps} steps an epoch, "
                  f"{args.model}, {self.device}, amp {args.amp}, lr {lr:g}, {self.processes.world_size} process(es)"
                  + (f"; continuing {path} in epoch {self.start_epoch}" if continues else ""))
@@ -334,7 +335,7 @@ class Run:
         wrote = "wrote"
         if self.start_epoch >= args.epochs:
             self.say(f"nothing left to train: {self.start_epoch} epochs were done before, --epochs is {args.epochs}")
-            if final.exists():
+            if self.processes.from_first(final.exists):
                 wrote = "final file:"
             else:
                 self.processes.from_first(self._save, self.start_epoch - 1, True)
@@ -379,36 +380,3 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class StopSignal:
-    """Remembers SIGTERM, Ctrl-C or SIGHUP (a closed terminal) in `signum`. The run stops after the current epoch.
-
-    Another signal, a second or more later, ends the process at once. (Ctrl-C under torchrun arrives twice, from the
-    terminal and from torchrun, so signals within a second count as one.) `restore` undoes this.
-    """
-
-    def __init__(self):
-        self.signum, self.came_at = None, 0.0
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-
-    def restore(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, signum, _frame):
-        if self.signum is not None and time.monotonic() - self.came_at >= 1:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        if self.signum is None:
-            self.signum, self.came_at = signum, time.monotonic()
-            name = signal.Signals(signum).name
-            try:  # not `print`, which fails where it interrupts another print
-                os.write(1, f"\n{name}: stopping after this epoch (once more: at once)\n".encode())
-            except OSError:  # the terminal is gone, and every later print would fail
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, 1)
-                os.dup2(nowhere, 2)
