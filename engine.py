@@ -169,7 +169,7 @@ def evaluate(logits, test_set, train_set, counts, tau, run):
 def evaluate_knn(encoder, images, labels, test_images, test_set, train_set, run):
     """Print how well the nearest neighbours of the encoder's features classify the test set.
 
-    images, labels: of the training set, as of `util.batches.to_device`; test_images: uint8 (N, 3, H, W) of the test set.
+    images, labels, test_images: of the training and the test set, as of `util.batches.to_device`.
     Returns a dict for log.txt: `knn_acc1` in percent, `knn_many`, `knn_medium`, `knn_few` as fractions.
     """
     features, queries = predict(encoder, images, run), predict(encoder, test_images, run)

@@ -133,7 +133,7 @@ def difference_cell(difference, half, seeds):
     if np.isnan(difference):
         return "–"
     if np.isnan(half):
-        return f"{difference:+.1f} (too few runs)"
+        return f"{difference:+.1f} (no interval)"
     needed = f"over {MOST_SEEDS}" if seeds == np.inf else seeds
     tell = f"; {needed} would tell" if half >= abs(difference) else ""
     return f"{difference:+.1f} ({difference - half:+.1f} to {difference + half:+.1f}{tell})"
@@ -153,11 +153,15 @@ def hours(cost):
 
 
 def draw_accuracy(study, path):
-    figure, axes = panels(3, sharey=True, subplot_kw={"xscale": "log", "xlabel": "images seen in this stage"})
-    axes[0].set(ylabel="overall test accuracy, %", title="plain")
-    axes[1].set(title="logit-adjusted")
-    axes[2].set(title="last epoch: plain (dots), adjusted (triangles)", xscale="linear",
-                xlabel="million images seen, those of stage 1 included")
+    """Accuracy over images seen, in a band from the lowest to the highest run; last epoch: mean and deviation."""
+    figure, axes = panels(3)
+    axes[0].set(xscale="log", xlabel="images seen in this stage", ylabel="overall test accuracy, %", title="plain")
+    axes[1].set(xscale="log", xlabel="images seen in this stage", title="logit-adjusted")
+    axes[1].sharey(axes[0])
+    axes[2].set(xlabel="overall test accuracy, %", title="last epoch: plain (dots), adjusted (triangles)")
+    axes[2].set_yticks(range(len(study.later)), [
+        f"{variant}, {count(study.images_before(variant) + study.images(variant)[-1])}" for variant in study.later])
+    axes[2].invert_yaxis()
     colours = colormaps["tab10" if len(study.later) <= 10 else "tab20"]
     for number, variant in enumerate(study.later):
         colour, images, before = colours(number % 20), study.images(variant), study.images_before(variant)
@@ -169,8 +173,7 @@ def draw_accuracy(study, path):
             panel.fill_between(images[shown], curves[:, shown].min(axis=0), curves[:, shown].max(axis=0),
                                color=colour, alpha=0.15, linewidth=0)
             deviation = curves[:, -1].std(ddof=1) if len(curves) > 1 else 0
-            axes[2].errorbar((before + images[-1]) / 1e6, curves[:, -1].mean(), deviation, fmt=marker, color=colour)
-    axes[2].set(xlim=(0, None))
+            axes[2].errorbar(curves[:, -1].mean(), number, xerr=deviation, fmt=marker, color=colour)
     save(figure, path)
 
 
@@ -189,10 +192,10 @@ def draw_neighbours(study, path):
 def draw_draws(study, path):
     """Mean p and margin of drawn and left images: means over the seeds and over the classes logged, the largest.
 
-    The first draw from scratch is left out: its classifier is untrained, and its margins would hide all others.
+    The first draw is left out: its classifier is untrained, and its margins would hide all others.
     """
     figure, axes = panels(3, subplot_kw={"xlabel": "epoch of the draw"})
-    axes[0].set(ylabel="p of the true label, mean of the five largest classes")
+    axes[0].set(ylabel="p of the true label, five largest classes")
     axes[1].set(ylabel="p: drawn minus left images")
     axes[2].set(ylabel="margin of the true label's logit")
     colours = colormaps["tab10"]
@@ -201,7 +204,7 @@ def draw_draws(study, path):
             continue
         values = defaultdict(lambda: defaultdict(list))
         for record in (record for records in study.runs[variant].values() for record in records):
-            if record["epoch"] > 0 or not variant.startswith("scratch-"):
+            if record["epoch"] > 0:
                 for draw in record.get("drawn", ()):
                     for name in ("drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin"):
                         values[name][record["epoch"]].append(draw.get(name, np.nan))

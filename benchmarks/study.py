@@ -135,8 +135,6 @@ class Study:
 def standard_error(variances, sizes):
     """Of a difference of independent means, or of one mean, and its degrees of freedom (Welch and Satterthwaite)."""
     parts = np.divide(variances, sizes)
-    if not parts.any():
-        return 0.0, 1.0
     return np.sqrt(parts.sum()), parts.sum() ** 2 / (parts ** 2 / np.subtract(sizes, 1)).sum()
 
 
@@ -145,13 +143,15 @@ def compare(ours, theirs, paired):
 
     The interval is Student's of the pairs or Welch's. The seeds are the fewest pairs, or runs of each sample, with
     which it would leave out 0 in 4 studies of 5, were difference and deviation as observed; inf beyond MOST_SEEDS.
-    Both are nan where there are too few runs.
+    Both are nan where there are too few runs, or all differ by the same: no deviation can be estimated then.
     """
     difference = np.mean(ours) - np.mean(theirs)
     samples = [np.subtract(ours, theirs)] if paired else [ours, theirs]
     if min(map(len, samples)) < 2:
         return difference, np.nan, np.nan
     variances = [np.var(sample, ddof=1) for sample in samples]
+    if np.allclose(variances, 0):
+        return difference, np.nan, np.nan
     error, freedom = standard_error(variances, [len(sample) for sample in samples])
     half = stats.t.ppf(0.975, freedom) * error
     for seeds in range(2, MOST_SEEDS + 1):

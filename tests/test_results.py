@@ -51,11 +51,12 @@ def test_differences_without_an_interval_or_without_an_end():
     assert compare([3], [1], True)[0] == 2 and np.isnan(compare([3], [1], True)[1:]).all()
     assert np.isnan(compare([3, 4], [1], False)[1:]).all()
     assert compare([1, 2, 3], [3, 2, 1], True)[2] == np.inf
-    assert compare([2, 3], [1, 2], True) == (1, 0, 2) and compare([2, 3], [2, 3], True) == (0, 0, np.inf)
+    for paired in (True, False):  # no deviation is no certainty
+        assert compare([60, 60], [59, 59], paired)[0] == 1 and np.isnan(compare([60, 60], [59, 59], paired)[1:]).all()
     cells = [plot_results.difference_cell(*compare(*case)) for case in (
         ([70, 72, 74], [69, 70, 74], True), ([3], [1], True), ([1, 2, 3], [3, 2, 1], True), ([np.nan], [np.nan], True),
         ([1, 2, 3], [11, 12, 13], False))]
-    assert cells == ["+1.0 (-1.5 to +3.5; 10 would tell)", "+2.0 (too few runs)",
+    assert cells == ["+1.0 (-1.5 to +3.5; 10 would tell)", "+2.0 (no interval)",
                      "+0.0 (-5.0 to +5.0; over 1000 would tell)", "–", "-10.0 (-12.3 to -7.7)"]
 
 
@@ -110,10 +111,10 @@ def test_tables(folder, capsys):
         "| scratch-cross_entropy | 2 | 85.0 ± 1.4 | 50.0 ± 0.0 | 21.2 ± 0.4 | 42.5 ± 0.7 "
         "| 43.5 ± 0.7 | 50.0 ± 0.0 | 43.5 ± 0.7 | 43.5 ± 0.7 | 3.00 M | 0.50 H100 |",
         "| bns-ipdpp against bns-uniform | plain | 3 pairs | +2.0 (-3.0 to +7.0; 10 would tell) "
-        "| +0.0 (+0.0 to +0.0; over 1000 would tell) | +0.5 (-0.7 to +1.7; 10 would tell) "
+        "| +0.0 (no interval) | +0.5 (-0.7 to +1.7; 10 would tell) "
         "| +1.0 (-1.5 to +3.5; 10 would tell) |",
         "| bns-ipdpp | adjusted against plain | 3 pairs | -32.0 (-37.0 to -27.0) "
-        "| +0.0 (+0.0 to +0.0; over 1000 would tell) | +31.0 (+28.5 to +33.5) | +10.0 (+10.0 to +10.0) |",
+        "| +0.0 (no interval) | +31.0 (+28.5 to +33.5) | +10.0 (no interval) |",
         "Parts of the runs were trained at several commits: abc1234, def5678 with changes.",
         "| bns | 4 | 40.0 | – | 10.0 | 30.0 | 96 k | 2.00 |",
     ):
@@ -142,12 +143,12 @@ def test_tables_of_odd_studies(folder, tmp_path, capsys):
         "Unfinished, so left out: scratch-adjusted_loss-seed42, 0 epochs.",
         "No finished stage 1 `eq12`: what it costs is missing in the rows of `eq12-...`.",
         "| eq12-ipdpp | 1 | 60.0 | – | 15.0 | 30.0 | – | – | – | – | 2 k | 0.50 |",
-        "| bns-ipdpp against bns-no_sampling | plain | 1 pair | +44.0 (too few runs) | +0.0 (too few runs) "
-        "| +11.0 (too few runs) | +22.0 (too few runs) |",
-        "| eq12-ipdpp against scratch-cross_entropy | plain | 1 and 2 | -25.0 (too few runs) | – "
-        "| -6.2 (too few runs) | -12.5 (too few runs) |",
-        "| eq12-ipdpp against bns-ipdpp | plain | 1 and 3 | -24.0 (too few runs) | – | -6.0 (too few runs) "
-        "| -12.0 (too few runs) |",
+        "| bns-ipdpp against bns-no_sampling | plain | 1 pair | +44.0 (no interval) | +0.0 (no interval) "
+        "| +11.0 (no interval) | +22.0 (no interval) |",
+        "| eq12-ipdpp against scratch-cross_entropy | plain | 1 and 2 | -25.0 (no interval) | – "
+        "| -6.2 (no interval) | -12.5 (no interval) |",
+        "| eq12-ipdpp against bns-ipdpp | plain | 1 and 3 | -24.0 (no interval) | – | -6.0 (no interval) "
+        "| -12.0 (no interval) |",
     ):
         assert line in printed, line
     assert "| bns-probe" not in printed and "| bns-uniform | 3 |" in printed and "| eq12-ipdpp | adj" not in printed
