@@ -103,8 +103,8 @@ def comparisons(variants):
             wanted.append((ours, f"bns-{rest}", False))
         if encoder != "scratch":
             everything = "scratch-adjusted_loss" if rest.endswith("adjusted_loss") else "scratch-cross_entropy"
-            wanted += [(ours, f"scratch-{rest}", False), (ours, everything, False)]
-        elif rest != "cross_entropy":
+            wanted += [(ours, theirs, False) for theirs in (f"scratch-{rest}", everything, f"{everything}-as_long")]
+        elif kind != "cross_entropy":
             wanted.append((ours, "scratch-cross_entropy", False))
     wanted += [(ours, ours, True) for ours in variants]
     return [(ours, theirs, paired) for ours, theirs, paired in wanted if theirs in variants]

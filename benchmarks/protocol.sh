@@ -42,6 +42,9 @@ recipe() {
         run bns-uniform-n$n         "$SEEDS"  finetune_ipdpp bns      --num_samples $n --epochs "$(epochs_for $n)" \
             --ipdpp_sampler uniform
     done
+    # Plain training that sees as many images as stage 1, whose views count twice, and stage 2 together:
+    run scratch-cross_entropy-as_long "$two"  finetune_ipdpp -        --ipdpp_sampler none \
+        --epochs $((2 * epochs1 + $(epochs_for all)))
     # Learning rates: the paper's, and a higher one.
     local lr
     for lr in 0.00025 0.001; do
@@ -152,6 +155,7 @@ commit() {
 dataset=$1 data=$2 folders=$3
 shift 3
 flags=("$@")
+[[ " $BNS" =~ .*" --epochs "([0-9]+) ]] && epochs1=${BASH_REMATCH[1]} || epochs1=1000  # of stage 1
 two=$(echo $SEEDS | cut -d' ' -f1-2)
 case $dataset in  # own: the script's --num_samples
     cifar10) classes=10 own=500 numbers="100 200 1000" ;;

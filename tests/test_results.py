@@ -365,6 +365,13 @@ def test_core_runs(protocol, tmp_path):
     assert protocol().calls == []  # all are done
 
 
+@pytest.mark.parametrize("flags, epochs", [("", 2027), ("--lr 1 --epochs 200", 427), ("--warmup_epochs 9", 2027)])
+def test_plain_training_of_the_same_length(flags, epochs, protocol):
+    # Two views an epoch of stage 1, then as many images as 27 epochs on all of them.
+    done = protocol(RUNS="scratch-cross_entropy-as_long", BNS=flags)
+    assert len(done.calls) == 2 and all(f"--ipdpp_sampler none --epochs {epochs} " in call for call in done.calls)
+
+
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_scripts_know_all_flags(dataset, protocol):
     done = protocol(dataset, f"results/{dataset}_if50", IF="50", RUNS="*", SEEDS="1")
@@ -374,8 +381,9 @@ def test_scripts_know_all_flags(dataset, protocol):
         args = parser.parse_args(flags)
         assert args.imbalanced_factor == 50 and args.resume[0] == "auto"
     numbers = ("100", "200", "1000") if dataset == "cifar10" else ("10", "20", "100")
-    assert names(done.calls)[-18:] == [
+    assert names(done.calls)[-19:] == [
         *(f"bns-{sampler}-n{number}-seed1" for number in numbers for sampler in ("ipdpp", "uniform")),
+        "scratch-cross_entropy-as_long-seed1",
         *(f"{name}-lr{lr}-seed1" for lr in ("0.00025", "0.001") for name in ("bns-ipdpp", "bns-uniform",
                                                                              "scratch-uniform")),
         "bns-ipdpp-n2_kernel-seed1", "bns-ipdpp-adjusted_loss-seed1", "scratch-adjusted_loss-seed1", "eq12-seed0",
@@ -443,7 +451,7 @@ def test_runs_that_cannot_be_had_are_passed_over(protocol, tmp_path):
 
 def test_factors_seeds_and_mistakes(protocol):
     done = protocol(folder="results/cifar10_if{IF}_x", IF="10 100", RUNS="scratch-*", SEEDS="7 8 9")
-    assert [call.split()[2] for call in done.calls] == ["10"] * 11 + ["100"] * 11
+    assert [call.split()[2] for call in done.calls] == ["10"] * 13 + ["100"] * 13
     for wrong in (dict(IF="10"), dict(dataset="cifar100"), dict(dataset="mnist"), dict(RUNS="bns bns-other"),
                   dict(ON="H100"), dict(ON="1.5 core")):
         done = protocol(**wrong)
