@@ -88,7 +88,8 @@ def main(args):
         run.say(f"--mcmc_steps {args.mcmc_steps}: the chain mixes in about {mixing_steps(args.num_samples)} steps; "
                 "after far fewer, draws lie between uniform and exact ones")
     for epoch in range(run.start_epoch, args.epochs):
-        # Draw before the first epoch and, as the published code, before epochs 9, 19, ..., but not before the last.
+        # Draw before the first epoch and every --sampling_freq epochs (before epochs 9, 19, ..., as in the published
+        # code), but not before the last.
         redraw = (epoch + 1) % args.sampling_freq == 0 and epoch < args.epochs - 1
         draw_stats = {}
         if args.ipdpp_sampler != "none" and (subset is None or redraw):

@@ -173,7 +173,8 @@ class Run:
             steps: batches of an epoch.
 
         Raises:
-            UserError: a checkpoint cannot be read or does not fit, or the folder may not be used.
+            UserError: a checkpoint cannot be read or does not fit, the folder may not be used, or --min_lr is above the
+                learning rate.
             OSError: a file cannot be written.
         """
         args, first = self.args, self.processes.first
