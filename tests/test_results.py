@@ -126,7 +126,7 @@ def test_tables(folder, capsys):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and f"wrote {folder / name}" in printed
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
 def test_tables_of_odd_studies(folder, tmp_path, capsys):
     write_log(folder, "bns-uniform-seed45", evaluated(40), epochs=1)  # shorter than its fellows
     write_log(folder, "bns-probe-seed42", {}, epochs=1)  # not evaluated yet
