@@ -100,7 +100,7 @@ def main(args):
                 draw_subset, log_p, train_set.targets, args.num_samples, (args.seed, epoch),
                 args.ipdpp_sampler, args.ipdpp_kernel, args.mcmc_steps)
             kernel = None if args.ipdpp_sampler == "uniform" else args.ipdpp_kernel
-            draw_stats = describe_draw(run.log, epoch, log_p, train_logits, train_set, subset, previous, kernel)
+            draw_stats = describe_draw(run.log, epoch, train_logits, train_set, subset, previous, kernel)
         batches = loader.epoch(epoch, subset)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run) | draw_stats
         if run.evaluates(epoch):

@@ -13,7 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from util.checkpoint import write_atomically
 from util.figures import accuracy_bars, confusion_heatmap
-from util.ip_dpp import inclusion_probabilities
+from util.ip_dpp import inclusion_probabilities, true_label_log_probabilities
 from util.metrics import confusion_matrix
 
 EPOCH_END = 0.999  # results of epoch e are plotted at e + 0.999: resuming at the next epoch would delete them at e + 1
@@ -153,11 +153,11 @@ class RunLog:
         self.writer.close()
 
 
-def describe_draw(log, epoch, log_p, logits, train_set, subset, previous, kernel):
+def describe_draw(log, epoch, logits, train_set, subset, previous, kernel):
     """Show in TensorBoard which images of the largest classes were drawn.
 
     Args:
-        log_p, logits: of all training images, (N,) in NumPy and (N, C), by the model that the draw was made with.
+        logits: of all training images, float (N, C), by the model that the draw was made with.
         subset: int64 tensor, the indices drawn now.
         previous: those drawn before, or None.
         kernel: of the k-DPP, for its inclusion probabilities; None where the draw was uniform.
@@ -167,9 +167,10 @@ def describe_draw(log, epoch, log_p, logits, train_set, subset, previous, kernel
         largest other logit. It is below 0 where the classifier is wrong.
     """
     targets, subset = np.asarray(train_set.targets), subset.numpy()
-    labels = torch.tensor(train_set.targets, device=logits.device)[:, None]
-    largest_other = logits.scatter(1, labels, -torch.inf).amax(1)
-    margins = (logits.gather(1, labels)[:, 0] - largest_other).double().cpu().numpy()
+    labels = torch.tensor(train_set.targets, device=logits.device)
+    log_p = true_label_log_probabilities(logits, labels)
+    largest_other = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    margins = (logits.gather(1, labels[:, None])[:, 0] - largest_other).double().cpu().numpy()
     record = []
     for c in np.argsort(-train_set.class_counts, kind="stable")[:SHOWN_CLASSES]:
         members = np.flatnonzero(targets == c)

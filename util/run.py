@@ -9,10 +9,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import timm
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from util import flag_checks
 from util.checkpoint import (
     LATEST,
     load_checkpoint,
@@ -24,8 +24,6 @@ from util.checkpoint import (
     stage_of,
 )
 from util.errors import UserError
-from util.imbalanced_cifar import DATASETS
-from util.options import RUN_FLAGS
 from util.output_folder import OutputFolder
 from util.processes import Processes, keep_freed_memory
 from util.reports import Progress, RunLog
@@ -33,18 +31,6 @@ from util.signals import StopSignal
 
 PICTURES = 10  # epochs of a run whose evaluation TensorBoard shows as pictures
 LATEST_EVERY = 60.0  # seconds; on a GPU, an epoch can be shorter than the writing of its checkpoint
-EVAL_FLAGS = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
-DATA_FLAGS = ("dataset", "toy_data", "imbalanced_factor")
-FIXED_FLAGS = (*DATA_FLAGS, "model", "input_size", "embed_dim")  # must not change when a run continues
-SILENT_FLAGS = RUN_FLAGS | {"data_root", "given"}  # may change without a message
-WITHOUT_EFFECT = {  # a flag, and with which values of another it does nothing
-    "num_samples": ("ipdpp_sampler", ("none",)),
-    "sampling_freq": ("ipdpp_sampler", ("none",)),
-    "ipdpp_kernel": ("ipdpp_sampler", ("uniform", "none")),
-    "mcmc_steps": ("ipdpp_sampler", ("exact", "uniform", "none")),
-    "num_extra_positives": ("bns_form", ("published",)),
-    "logit_adjustment": ("loss", ("logit_adjusted",)),
-}
 DRAW_FLAGS = ("num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed")
 
 
@@ -66,18 +52,13 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        classes = DATASETS[args.dataset].num_classes
-        if args.num_classes != classes:
-            raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
         self.processes = Processes(args.device)
         self.device = self.processes.device
+        flag_checks.check(args, self.say)
         if args.eval:
-            self._adopt_flags()
-        else:
-            self._check_flags()
-        for name, (other, values) in WITHOUT_EFFECT.items():
-            if name in args.given and getattr(args, other, None) in values:
-                self.say(f"--{name} has no effect with --{other} {getattr(args, other)}")
+            self.evaluated = load_checkpoint(args.eval, "--eval")
+            flag_checks.adopt_trained(args, self.evaluated["args"], self.say)
+        flag_checks.name_without_effect(args, self.say)
         dtype = amp_dtype(args.amp, self.device)
         args.amp = str(dtype).removeprefix("torch.") if dtype else "none"
         self.autocast = lambda: torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
@@ -94,34 +75,6 @@ class Run:
         if self.processes.first:
             print(text, flush=True)
 
-    # ------------------------------------------------------------------------------------------ --eval
-
-    def _adopt_flags(self):
-        """Take the flags that the user did not give from the checkpoint of --eval."""
-        args = self.args
-        for flag in ("resume", "start_epoch", "overwrite"):
-            if flag in args.given:
-                raise UserError(f"--{flag}: found together with --eval, expected one of the two")
-        self.evaluated = load_checkpoint(args.eval, "--eval")
-        dataset, taken = self.evaluated["args"].get("dataset", args.dataset), []
-        if dataset != args.dataset:
-            self.say(f"evaluating on {args.dataset}; {args.eval} was trained on {dataset}")
-        for name in EVAL_FLAGS:
-            trained = self.evaluated["args"].get(name)
-            if trained is None or not hasattr(args, name) or trained == getattr(args, name):
-                continue
-            if name in args.given:
-                self.say(f"--{name} {getattr(args, name)}, as asked; {args.eval} was trained with {trained}")
-            elif name == "toy_data" and "data_root" in args.given:
-                self.say(f"evaluating on the images of --data_root; {args.eval} was trained on toy images")
-            elif name == "imbalanced_factor" and dataset != args.dataset:
-                continue  # this data set may not have as many images
-            elif name != "model" or timm.is_model(trained):  # a published file may name it in another way
-                setattr(args, name, trained)
-                taken.append(f"{name} {trained}")
-        if taken:
-            self.say(f"from the checkpoint: {', '.join(taken)}")
-
     def load_evaluated(self, model):
         """Load the checkpoint of --eval into `model`. Raises UserError if it is of another stage or does not fit."""
         source, args = f"--eval {self.args.eval}", self.evaluated["args"]
@@ -135,27 +88,6 @@ class Run:
         load_weights(model, self.evaluated["model"], source)
 
     # ------------------------------------------------------------------------------------------ before training
-
-    def _check_flags(self):
-        args = self.args
-        if args.warmup_epochs >= args.epochs:
-            self.say(f"--warmup_epochs: {args.warmup_epochs} of --epochs {args.epochs} would leave no epoch after it; "
-                     f"using {args.epochs // 5}")
-            args.warmup_epochs = args.epochs // 5
-        if (args.start_epoch or 0) >= args.epochs:
-            raise UserError(f"--start_epoch: found {args.start_epoch}, expected less than --epochs {args.epochs}")
-        if args.lr and "blr" in args.given:
-            self.say(f"--blr has no effect with --lr {args.lr:g}")
-        wanted = args.resume or []
-        self.auto = wanted[:1] == ["auto"]
-        if len(wanted) > (2 if self.auto else 1) or "auto" in wanted[1:]:
-            raise UserError(f"--resume: found '{' '.join(wanted)}', expected FILE, auto, or auto FILE")
-        if self.auto and args.start_epoch is not None:
-            raise UserError("--start_epoch: found together with --resume auto, which goes on after the last epoch "
-                            "done; expected one of the two")
-        if args.overwrite and self.auto:
-            raise UserError("--overwrite: found together with --resume auto, expected one of the two: to delete "
-                            "the run in --output_dir, or to continue it")
 
     def images_per_update(self, num_images):
         """Images of all processes that make an update of the weights; in an epoch of `num_images`, at most as many."""
@@ -184,19 +116,15 @@ class Run:
         self.model, self.optimizer = model, optimizer
         self.start_epoch, self.history, self.subset = args.start_epoch or 0, [], None
         final = f"{args.stage}_{args.dataset}_if{args.imbalanced_factor:.10g}.pth"
+        self.auto = (args.resume or [])[:1] == ["auto"]
         self.folder = OutputFolder(args.output_dir, args.log_dir or args.output_dir, final, args.keep_checkpoints)
         checkpoint, path = self._find_checkpoint()
         continues = checkpoint is not None and stage_of(checkpoint) == args.stage
         if continues:
             self._continue(checkpoint, path)
         elif checkpoint:
-            trained = checkpoint["args"]
-            if timm.is_model(str(trained.get("model"))) and trained["model"] != args.model:
-                raise UserError(f"--resume {path} was trained with --model {trained['model']}, found --model "
-                                f"{args.model}; expected the same")
+            other = flag_checks.check_encoder(args, checkpoint["args"], f"--resume {path}")
             load_encoder(model.enc, checkpoint, f"--resume {path}")
-            other = [f"{name} {trained[name]}" for name in (*DATA_FLAGS, "input_size")
-                     if trained.get(name) not in (None, getattr(args, name))]
             note = f", which, unlike this run, was trained with {' '.join(other)}" if other else ""
             self.say(f"starting from the encoder of {path}{note}")
         elif not args.resume and args.stage != "pretrain_bns":
@@ -244,16 +172,8 @@ class Run:
 
     def _continue(self, checkpoint, path):
         """Continue the run of a checkpoint. Refuse other data or another model; say which other flags changed."""
-        args, before, source = self.args, checkpoint["args"], f"--resume {path}"
-        changed = [name for name, value in vars(args).items()
-                   if name in before and before[name] != value and name not in SILENT_FLAGS]
-        for name in changed:
-            if name == "model" and not timm.is_model(before["model"]):
-                continue  # a published file may name it in another way; whether the weights fit is checked below
-            if name in FIXED_FLAGS:
-                raise UserError(f"{source} was trained with --{name} {before[name]}, found --{name} "
-                                f"{getattr(args, name)}; expected the same, or another --output_dir and no --resume")
-            self.say(f"--{name}: {before[name]} in the checkpoint, {getattr(args, name)} from here on")
+        args, source = self.args, f"--resume {path}"
+        changed = flag_checks.changed_flags(args, checkpoint["args"], source, self.say)
         load_weights(self.model, checkpoint["model"], source)
         if reason := restore_optimizer(self.optimizer, checkpoint):
             self.say(f"{source} {reason}; the optimiser starts afresh")
@@ -340,7 +260,7 @@ class Run:
                 wrote = "final file:"
             else:
                 self.processes.from_first(self._save, self.start_epoch - 1, True)
-        self._close({name: value for name, value in vars(args).items() if name not in SILENT_FLAGS})
+        self._close({name: value for name, value in vars(args).items() if name not in flag_checks.SILENT_FLAGS})
         tested = [record for record in self.history if "test_acc1" in record]
         if tested:
             best = max(tested, key=lambda record: record["test_acc1"])
