@@ -137,6 +137,7 @@ def test_changed_flags_are_said_aloud_and_obeyed(quick_runs, tmp_path, capsys):
     for line in ("--epochs: 2 in the checkpoint, 4 from here on", "--lr: None in the checkpoint, 0.125 from here on",
                  "--batch_size: 20 in the checkpoint, 58 from here on"):
         assert line in output
+    assert output.count("in the checkpoint") == 3  # --resume and other flags of the run itself change without a word
     assert "1 steps an epoch" in output
     assert epochs(tmp_path) == [0, 1, 2, 3]
     assert records(tmp_path)[2]["train_lr"] == pytest.approx(0.125 / 2)  # half way down half a cosine of 4 updates
