@@ -9,12 +9,12 @@ The last epoch also writes lineprob_bns_cifar10_if<factor>.pth.
 Without --resume it probes a random encoder. With --eval FILE it evaluates a checkpoint of this script instead.
 """
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 
 from engine import evaluate, load_data, predict, train_one_epoch
 from models import Classifier, create_encoder
-from util.augment import SimCLRAugment
+from util.augment import create_augment
 from util.batches import DeviceLoader, to_device
 from util.ip_dpp import draw_subset
 from util.options import Parser, launch
@@ -27,13 +27,14 @@ def get_args_parser():
     parser.set_defaults(
         stage="lineprob_bns", dataset="cifar10",
         # data and augmentation: at most 100 images per class, jitter as in the published code (1 for CIFAR-100)
-        data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=2.0,
+        data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32,
+        augment="simclr", min_crop=0.08, jitter_strength=2.0,
         num_samples=100,
         # model
         model="resnet18", logit_adjustment=1.0,
-        # optimisation: AdamW, linear warm-up to blr * (images per update) / 256, then half a cosine
+        # optimisation: AdamW (or SGD), linear warm-up to blr * (images per update) / 256, then half a cosine
         epochs=100, batch_size=64, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=20, weight_decay=0.05,
-        amp="auto", seed=0,
+        opt="adamw", amp="auto", seed=0,
         # run
         output_dir="./output_dir/cifar10/lineprob_bns_cifar10", eval_freq=1, save_freq=10, keep_checkpoints=3,
         device="auto")
@@ -58,13 +59,14 @@ def main(args):
         run.processes.end()
         return metrics
 
-    augment = SimCLRAugment(args.input_size, args.jitter_strength)
+    augment = create_augment(args.augment, args.input_size, args.jitter_strength, args.min_crop)
     loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed)
     steps = loader.steps(counts.sum())
 
     # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
     lr = args.lr or args.blr * run.images_per_update(counts.sum()) / 256
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
+    groups = param_groups_weight_decay(model, args.weight_decay)  # weights decay, biases and norms do not
+    optimizer = create_optimizer_v2(groups, args.opt, lr, momentum=0.9, betas=(0.9, 0.95), fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
         warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,

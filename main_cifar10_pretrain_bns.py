@@ -10,7 +10,7 @@ writes pretrain_bns_cifar10_if<factor>.pth. The later stages take it as --resume
 With --eval FILE it prints that classifier's accuracy for the encoder of any checkpoint instead.
 """
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 
 from engine import evaluate_knn, load_data, train_one_epoch
@@ -29,12 +29,13 @@ def get_args_parser():
     parser.set_defaults(
         stage="pretrain_bns", dataset="cifar10",
         # data and augmentation; the published code takes the strength of the jitter from its --num_views, which is 2
-        data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32, jitter_strength=2.0,
+        data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32,
+        min_crop=0.08, jitter_strength=2.0,
         # model and loss: that of the published code, or "eq12" with m = num_extra_positives
         model="resnet18", embed_dim=128, temperature=0.5, bns_form="published", num_extra_positives=4,
-        # optimisation: AdamW, linear warm-up to blr * (images per update) / 256, then half a cosine
+        # optimisation: AdamW (or SGD), linear warm-up to blr * (images per update) / 256, then half a cosine
         epochs=1000, batch_size=1024, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=20, weight_decay=0.05,
-        amp="auto", seed=0,
+        opt="adamw", amp="auto", seed=0,
         # run
         output_dir="./output_dir/cifar10/pretrain_bns_cifar10", eval_freq=25, save_freq=50, keep_checkpoints=3,
         device="auto")
@@ -64,7 +65,7 @@ def main(args):
                         "ones overflow float32 in batches of this size")
 
     # Two views of each image; an epoch's incomplete last batch is left out.
-    augment = SimCLRAugment(args.input_size, args.jitter_strength)
+    augment = SimCLRAugment(args.input_size, args.jitter_strength, args.min_crop)
     loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed,
                           views_per_image=2, drop_last=True)
     all_indices = torch.arange(len(images))
@@ -73,7 +74,8 @@ def main(args):
     # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
     images_of_epoch = steps * args.batch_size * run.processes.world_size
     lr = args.lr or args.blr * run.images_per_update(images_of_epoch) / 256
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
+    groups = param_groups_weight_decay(model, args.weight_decay)  # weights decay, biases and norms do not
+    optimizer = create_optimizer_v2(groups, args.opt, lr, momentum=0.9, betas=(0.9, 0.95), fused=True)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
         warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,

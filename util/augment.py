@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
+from util.auto_augment import CropAugment
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 CPU_CHUNK = 128  # images of 32 x 32 whose intermediate results stay in a core's cache
 
@@ -32,14 +34,14 @@ class AugmentParameters(NamedTuple):
     sigma: Tensor  # (N,) float32: standard deviation of the blur in pixels
 
 
-def sample_boxes(num_images: int, height: int, width: int, generator: Generator) -> Tensor:
-    """Crops of 8 % to 100 % of the area with an aspect ratio of 3/4 to 4/3: (N, 4) int64 of top, left, height, width.
+def sample_boxes(num_images: int, height: int, width: int, min_crop: float, generator: Generator) -> Tensor:
+    """Crops of min_crop to 1 of the area with an aspect ratio of 3/4 to 4/3: (N, 4) int64 of top, left, height, width.
 
     The first of ten tries that fits; where none does, the largest central crop whose aspect ratio is in range.
     """
     min_ratio, max_ratio = 3 / 4, 4 / 3
     area, log_ratio = torch.rand(2, num_images, 10, generator=generator)
-    area = height * width * (0.08 + (1 - 0.08) * area)
+    area = height * width * (min_crop + (1 - min_crop) * area)
     ratio = torch.exp(math.log(min_ratio) + math.log(max_ratio / min_ratio) * log_ratio)
     widths, heights = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (0 < widths) & (widths <= width) & (0 < heights) & (heights <= height)
@@ -98,17 +100,20 @@ class SimCLRAugment:
         size: height and width of the views in pixels.
         jitter_strength: s in [0, 2.5]; brightness, contrast and saturation factors are uniform in
             [max(0, 1 - 0.8 s), 1 + 0.8 s], the hue shift in [-0.2 s, 0.2 s].
+        min_crop: area of the smallest crop as a share of the image, in (0, 1].
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, size: int = 32, jitter_strength: float = 1.0):
+    def __init__(self, size: int = 32, jitter_strength: float = 1.0, min_crop: float = 0.08):
         if size < 2:
             raise ValueError(f"size is {size}, expected at least 2 pixels")
         if not 0 <= jitter_strength <= 2.5:
             raise ValueError(f"jitter_strength is {jitter_strength}, expected 0 to 2.5 (a hue shift of up to 0.5)")
-        self.size = size
+        if not 0 < min_crop <= 1:
+            raise ValueError(f"min_crop is {min_crop}, expected above 0 and at most 1")
+        self.size, self.min_crop = size, min_crop
         low, high, hue = max(0, 1 - 0.8 * jitter_strength), 1 + 0.8 * jitter_strength, 0.2 * jitter_strength
         self.factor_low, self.factor_high = torch.tensor([[low] * 3 + [-hue], [high] * 3 + [hue]])
 
@@ -118,7 +123,7 @@ class SimCLRAugment:
 
     def sample(self, num_images: int, height: int, width: int, generator: Generator) -> AugmentParameters:
         """Random parameters for images of height x width pixels, by a CPU generator."""
-        box = sample_boxes(num_images, height, width, generator)
+        box = sample_boxes(num_images, height, width, self.min_crop, generator)
         flip, jitter, grayscale, blur = torch.rand(4, num_images, generator=generator)
         order, factors = torch.rand(2, num_images, 4, generator=generator)
         factors = torch.lerp(self.factor_low, self.factor_high, factors)
@@ -161,3 +166,10 @@ class SimCLRAugment:
                 images.mul_(scale).add_(blend).clamp_(0, 1)
         images[gray_images] = rgb_to_grayscale(images[gray_images])
         return gaussian_blur(images, sigma)
+
+
+def create_augment(name: str, size: int, jitter_strength: float, min_crop: float):
+    """The augmentation that --augment names: "simclr"; "crop"; or "auto", which is crop, AutoAugment and Cutout."""
+    if name == "simclr":
+        return SimCLRAugment(size, jitter_strength, min_crop)
+    return CropAugment(size, auto=name == "auto")

@@ -4,8 +4,6 @@ import math
 import numpy as np
 import torch
 
-from util.augment import AugmentParameters
-
 BLOCK = 1024  # images augmented at once: a batch of stage 1 on CIFAR-10, 16 batches of the later stages
 
 
@@ -38,7 +36,7 @@ class DeviceLoader:
 
     Args:
         images, labels: of `to_device`.
-        augment: SimCLRAugment.
+        augment: of `util.augment.create_augment`.
         processes: Processes. Each gets its share of every batch.
         batch_size: images per process and step.
         seed: determines every random choice, together with epoch, step and process.
@@ -105,7 +103,7 @@ class EpochBatches:
         for _ in range(loader.views_per_image):
             parameters = [loader.augment.sample(size, *pixels.shape[2:], generator)
                           for size, generator in zip(sizes, generators, strict=True)]
-            joined = AugmentParameters(*(torch.cat(parts) for parts in zip(*parameters, strict=True)))
+            joined = type(parameters[0])(*(torch.cat(parts) for parts in zip(*parameters, strict=True)))
             augmented = loader.augment.apply(pixels, joined)
             views.append(augmented.contiguous(memory_format=torch.channels_last).split(sizes))
         return zip(*views, strict=True)

@@ -129,7 +129,7 @@ def load_encoder(encoder, checkpoint, source):
 
 
 def restore_optimizer(optimizer, checkpoint):
-    """Load AdamW's moments. Learning rate and weight decay stay what the flags say.
+    """Load the moments of AdamW or SGD. Learning rate and weight decay stay what the flags say.
 
     Returns why nothing was loaded, as the end of a sentence about the checkpoint, or None if the moments were.
     """
@@ -137,9 +137,12 @@ def restore_optimizer(optimizer, checkpoint):
     shapes = {index: parameter.shape for index, parameter in enumerate(
         parameter for group in optimizer.param_groups for parameter in group["params"])}
     state = (checkpoint.get("optimizer") or {}).get("state", {})
-    found = {index: moments["exp_avg"].shape for index, moments in state.items() if "exp_avg" in moments}
-    if not found:
+    if not state:
         return "holds no optimiser state"
+    name = "momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg"
+    found = {index: moments[name].shape for index, moments in state.items() if name in moments}
+    if not found:
+        return "holds the state of another optimiser"
     if not found.items() <= shapes.items():  # a parameter that no gradient has reached has no moments
         return "holds optimiser state that does not fit this model"
     optimizer.load_state_dict({"state": state, "param_groups": groups})

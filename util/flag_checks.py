@@ -28,7 +28,7 @@ def check(args, say):
     if args.num_classes != classes:
         raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
     if args.eval:
-        for flag in ("resume", "start_epoch", "overwrite"):
+        for flag in ("resume", "encoder", "start_epoch", "overwrite"):
             if flag in args.given:
                 raise UserError(f"--{flag}: found together with --eval, expected one of the two")
         return
@@ -44,6 +44,8 @@ def check(args, say):
     auto = resume[:1] == ["auto"]
     if len(resume) > (2 if auto else 1) or "auto" in resume[1:]:
         raise UserError(f"--resume: found '{' '.join(resume)}', expected FILE, auto, or auto FILE")
+    if args.encoder and resume not in ([], ["auto"]):
+        raise UserError(f"--encoder: found together with --resume {' '.join(resume)}, expected one of the two files")
     if auto and args.start_epoch is not None:
         raise UserError("--start_epoch: found together with --resume auto, which goes on after the last epoch "
                         "done; expected one of the two")

@@ -35,6 +35,7 @@ AT_LEAST_2 = number(int, "a whole number of at least 2", lambda value: value >= 
 NOT_NEGATIVE = number(float, "a number of at least 0", lambda value: value >= 0)
 POSITIVE = number(float, "a number above 0", lambda value: value > 0)
 FACTOR = number(float, "a number of at least 1", lambda value: value >= 1)
+SHARE = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
 STRENGTH = number(float, "a number from 0 to 2.5", lambda value: 0 <= value <= 2.5)
 SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 ON = {"action": "store_true"}
@@ -47,6 +48,7 @@ GROUPS = {
                                     help="training images of the largest class per image of the smallest"),
         "--num_classes": dict(type=AT_LEAST_1, help="classes of the data set"),
         "--input_size": dict(type=AT_LEAST_2, help="side of the images fed to the model, pixels"),
+        "--min_crop": dict(type=SHARE, help="area of SimCLR's smallest crop, as a share of the image"),
         "--jitter_strength --num_views": dict(type=STRENGTH, help="strength s of the colour jitter (the published "
                                               "code calls it --num_views)"),
     },
@@ -60,6 +62,8 @@ GROUPS = {
                                       "that are its positives, m"),
     },
     "classifier": {
+        "--augment": dict(choices=["simclr", "crop", "auto"], help="of the training images: SimCLR's; padding, crop "
+                          "and flip; these, AutoAugment and Cutout. Only simclr heeds --min_crop and the jitter"),
         "--num_samples": dict(type=AT_LEAST_1, help="training images drawn per class, at most"),
         "--logit_adjustment": dict(type=NOT_NEGATIVE, metavar="TAU", help="evaluate also with logits minus TAU times "
                                    "the log of each class's share of the images trained on; 0: do not"),
@@ -81,7 +85,8 @@ GROUPS = {
         "--epochs": dict(type=AT_LEAST_1, help="passes over the training images, or those drawn"),
         "--batch_size": dict(type=AT_LEAST_2, help="images per process and step; batch norm needs two"),
         "--accum_iter": dict(type=AT_LEAST_1, help="steps whose gradients make one update"),
-        "--weight_decay": dict(type=NOT_NEGATIVE, help="AdamW's, on weights only: not on biases and norms"),
+        "--opt": dict(choices=["adamw", "sgd"], help="optimiser; sgd: with Nesterov momentum of 0.9"),
+        "--weight_decay": dict(type=NOT_NEGATIVE, help="on weights only: not on biases and norms"),
         "--lr": dict(type=POSITIVE, help="learning rate; unset, --blr * (images per update) / 256"),
         "--blr": dict(type=POSITIVE, help="learning rate per 256 images of an update"),
         "--min_lr": dict(type=NOT_NEGATIVE, help="learning rate at the end"),
@@ -95,6 +100,8 @@ GROUPS = {
         "--resume": dict(nargs="+", type=path, metavar="FILE", help="checkpoint of this stage to continue from, or of "
                          "another, whose encoder to start from; auto: the newest of --output_dir, if there is one "
                          "(auto FILE: else FILE)"),
+        "--encoder": dict(type=path, metavar="FILE", help="start from the encoder in this checkpoint, whatever stage "
+                          "wrote it"),
         "--start_epoch": dict(type=AT_LEAST_0, help="first epoch; unset, the one after the checkpoint's"),
         "--eval": dict(type=path, metavar="FILE", help="evaluate this checkpoint and stop. Data, model and draws are "
                        "those that it was trained with, unless you give a flag"),

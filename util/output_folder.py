@@ -87,7 +87,7 @@ class OutputFolder:
         inside = source is not None and source.parent == self.path.resolve()
         traces = self._traces()
         if overwrite and inside:
-            raise UserError(f"--overwrite: would delete {source.name}, which --resume names, "
+            raise UserError(f"--overwrite: would delete {source.name}, from which this run starts, "
                             "expected another --output_dir")
         if traces and not (overwrite or auto or (continues and inside)):
             raise UserError(f"--output_dir: {self.path} holds another run ({traces[0].name}); expected an empty "

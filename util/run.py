@@ -98,7 +98,7 @@ class Run:
         return math.ceil(steps / self.args.accum_iter)
 
     def begin(self, model, optimizer, steps):
-        """Load what --resume names, claim the output folder, open the logs. Returns the network to train.
+        """Load what --resume or --encoder names, claim the output folder, open the logs. Returns the network to train.
 
         Args:
             model: has the encoder `enc`. Its weights are loaded in place.
@@ -119,16 +119,19 @@ class Run:
         self.auto = (args.resume or [])[:1] == ["auto"]
         self.folder = OutputFolder(args.output_dir, args.log_dir or args.output_dir, final, args.keep_checkpoints)
         checkpoint, path = self._find_checkpoint()
-        continues = checkpoint is not None and stage_of(checkpoint) == args.stage
+        flag = "--resume"
+        if checkpoint is None and args.encoder:
+            checkpoint, path, flag = load_checkpoint(args.encoder, "--encoder"), Path(args.encoder), "--encoder"
+        continues = checkpoint is not None and flag == "--resume" and stage_of(checkpoint) == args.stage
         if continues:
             self._continue(checkpoint, path)
         elif checkpoint:
-            other = flag_checks.check_encoder(args, checkpoint["args"], f"--resume {path}")
-            load_encoder(model.enc, checkpoint, f"--resume {path}")
+            other = flag_checks.check_encoder(args, checkpoint["args"], f"{flag} {path}")
+            load_encoder(model.enc, checkpoint, f"{flag} {path}")
             note = f", which, unlike this run, was trained with {' '.join(other)}" if other else ""
             self.say(f"starting from the encoder of {path}{note}")
         elif not args.resume and args.stage != "pretrain_bns":
-            self.say("no --resume: starting from a randomly initialised encoder")
+            self.say("no --resume and no --encoder: starting from a randomly initialised encoder")
 
         if self.start_epoch and not continues:
             self.say(f"--start_epoch {self.start_epoch}: continues no run, so the epochs before it are left out")
