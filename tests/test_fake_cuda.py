@@ -21,6 +21,7 @@ from training_steps import prepare
 import main_cifar10_finetune_ipdpp as finetune
 import main_cifar10_lineprob_bns as lineprob
 import main_cifar10_pretrain_bns as pretrain
+from util.auto_augment import source_pixels
 from util.batches import EpochBatches
 from util.reports import Progress
 
@@ -89,7 +90,8 @@ class FakeCuda(TorchDispatchMode):
             return None if unblocking and getattr(on_cpu[0], "pinned", False) else "blocking or unpinned copy"
         if func.name().startswith("aten::index"):
             indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
-            if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+            fills = func is ATEN.index_put_.default and args[2].ndim == 0  # PyTorch makes it masked_fill_
+            if not fills and any(index.dtype in (torch.bool, torch.uint8) for index in indices):
                 return "boolean index"
             if any(not is_fake(index) for index in indices):
                 return "index on the CPU"
@@ -161,10 +163,12 @@ def fake_cuda(monkeypatch, few_images):
     for owner, attributes in replaced.items():
         for name, value in attributes.items():
             monkeypatch.setattr(owner, name, value)
+    source_pixels.cache_clear()
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._set_only_lift_cpu_tensors(True)
     yield device
     torch._C._set_only_lift_cpu_tensors(False)
+    source_pixels.cache_clear()
 
 
 def on_cuda(device, script, folder, *flags):
@@ -181,7 +185,8 @@ def steps_did_not_wait(device, epochs):
 @pytest.mark.parametrize("amp", ["bfloat16", "float16", "none"])
 @pytest.mark.parametrize("script, flags", [
     (pretrain, ["--eval_freq", 1]), (pretrain, ["--bns_form", "eq12", "--accum_iter", 2]),
-    (lineprob, []), (finetune, ["--sampling_freq", 1]), (finetune, ["--ipdpp_sampler", "none", "--accum_iter", 2]),
+    (lineprob, ["--augment", "crop"]), (finetune, ["--augment", "auto"]),
+    (finetune, ["--sampling_freq", 1]), (finetune, ["--ipdpp_sampler", "none", "--accum_iter", 2]),
     (finetune, ["--loss", "logit_adjusted", "--ipdpp_sampler", "uniform"])])
 def test_no_tensor_is_on_the_wrong_device_and_no_step_waits(script, flags, amp, fake_cuda, tmp_path):
     if script is not pretrain:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import adjust_sharpness  # that of v2 waits for CUDA
 from torchvision.transforms.v2 import functional as tv
 
 # The sub-policies of Cubuk et al., found on reduced CIFAR-10 (their appendix): two operations each, with probability
@@ -55,6 +54,11 @@ FULL_MAGNITUDE = {  # at level 9; where the policy has a level, half of the imag
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # colour of CIFAR-10's training images, which fills the hole of Cutout
 
 
+def move(tensor, device):
+    """`tensor`, of the CPU, on `device`. Nothing waits for the transfer."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def source_of(operation, magnitude, height, width):
     """Where a shear, shift or rotation takes the centre (x, y) of each output pixel from: float64 (H, W) each."""
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
@@ -71,19 +75,28 @@ def source_of(operation, magnitude, height, width):
     return cos * x - sin * y + width / 2, sin * x + cos * y + height / 2
 
 
-@functools.cache  # a few dozen in all, so that none but the first waits for its transfer to CUDA
+@functools.cache  # a few dozen in all
 def source_pixels(operation, magnitude, height, width, device):
     """Number of the input pixel nearest to each output pixel's source, and whether there is one: (H * W,) each."""
     x, y = (place.floor().long() for place in source_of(operation, magnitude, height, width))
     inside = (0 <= x) & (x < width) & (0 <= y) & (y < height)
     pixel = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-    return pixel.flatten().to(device), inside.flatten().to(device)
+    return move(pixel.flatten(), device), move(inside.flatten(), device)
 
 
 def warp(images, operation, magnitude):
     """Shear, shift or rotate uint8 (N, 3, H, W); what comes from outside is black."""
     pixel, inside = source_pixels(operation, magnitude, *images.shape[2:], images.device)
     return (images.flatten(2)[:, :, pixel] * inside).view(images.shape)
+
+
+def adjust_sharpness(images, factor):
+    """Blend uint8 (N, 3, H, W) with its blurred self, as PIL does; the border stays. torchvision's waits for CUDA."""
+    images = images.float()
+    inner = images[..., 1:-1, 1:-1]
+    blurred = (F.avg_pool2d(images, 3, stride=1, divisor_override=1) + 4 * inner).div_(13).round_()
+    inner.copy_(torch.lerp(blurred, inner, factor).clamp_(0, 255))
+    return images.byte()
 
 
 def transform(images, operation, level, sign):
@@ -172,7 +185,7 @@ class CropAugment:
         inside_rows, inside_columns = ((0 <= line) & (line < self.size) for line in (rows, columns))
         lines = torch.stack((rows.clamp(0, self.size - 1), columns.clamp(0, self.size - 1),
                              inside_rows, inside_columns))
-        rows, columns, inside_rows, inside_columns = to_device_of(images, lines)
+        rows, columns, inside_rows, inside_columns = move(lines, images.device)
         pixel = (rows[:, :, None] * self.size + columns[:, None]).view(len(images), 1, -1)
         inside = (inside_rows[:, :, None] * inside_columns[:, None]).view(len(images), 1, -1)
         cropped = images.flatten(2).gather(2, pixel.expand(-1, 3, -1)) * inside.byte()
@@ -187,12 +200,12 @@ class CropAugment:
             if happens:
                 key = operation, level, sign if operation in FULL_MAGNITUDE else 1
                 groups.setdefault(key, []).append(number)
-        everything = to_device_of(views, torch.tensor(sum(groups.values(), []), dtype=torch.int64))
+        everything = move(torch.tensor(sum(groups.values(), []), dtype=torch.int64), views.device)
         for key, group in zip(groups, everything.split([len(group) for group in groups.values()]), strict=True):
             views[group] = transform(views[group], *key)
 
     def _cut_out(self, views, p):
-        hole = to_device_of(views, p.hole)
+        hole = move(p.hole, views.device)
         place = torch.arange(self.size, device=views.device)
         in_row, in_column = ((start <= place) & (place < start + 2 * self.half_hole)
                              for start in (hole - self.half_hole).split(1, dim=1))
@@ -200,8 +213,3 @@ class CropAugment:
         for channel, mean in enumerate(CIFAR_MEAN):
             views[:, channel:channel + 1].masked_fill_(in_hole, mean)
         return views
-
-
-def to_device_of(images, tensor):
-    """`tensor`, of the CPU, on the device of `images`. Nothing waits for the transfer."""
-    return tensor.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else tensor
