@@ -1,8 +1,8 @@
-"""Print the tables of a study in Markdown and draw its figures, from the logs that benchmarks/protocol.sh keeps.
+"""Print the tables of a study in Markdown and draw its figures, from the logs that benchmarks/study/run.py keeps.
 
     python benchmarks/plot_results.py results/FOLDER
 
-benchmarks/study.py says what the folder must hold. The figures lie beside the logs: accuracy.png, and knn.png and
+benchmarks/study_logs.py says what the folder must hold. The figures lie beside the logs: accuracy.png, and knn.png and
 draws.png where the logs hold what they show. tests/test_results.py compares a table of README.md or RESULTS.md with
 what is printed here if the line right above it is <!-- python benchmarks/plot_results.py results/FOLDER -->.
 """
@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
-from study import ADJUSTED, KNN, MOST_SEEDS, PLAIN, Study, accuracy, compare  # noqa: E402
+from study_logs import ADJUSTED, KNN, MOST_SEEDS, PLAIN, Study, accuracy, compare  # noqa: E402
 
 from util.errors import UserError  # noqa: E402
 from util.options import launch  # noqa: E402

@@ -1,13 +1,8 @@
-"""The tools that turn logs into RESULTS.md: the recipe of runs, tables and statistics, figures, exported weights."""
-import fcntl
+"""The tools that turn logs into RESULTS.md: tables and statistics, figures, exported weights."""
 import importlib
 import json
-import os
 import re
-import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import export_weights  # noqa: E402
 import plot_results  # noqa: E402
-from study import PART, Study, compare, standard_error  # noqa: E402
+from study_logs import Study, compare, standard_error  # noqa: E402
 
 from util.checkpoint import load_checkpoint  # noqa: E402
 from util.errors import UserError  # noqa: E402
 
 TOY = ["--toy_data", "--model", "test_resnet", "--input_size", "16", "--device", "cpu"]
-CORE = ["bns-seed0", *(f"bns-{name}-seed{seed}" for name in ("probe", "ipdpp", "uniform") for seed in (42, 43, 44)),
-        "bns-no_sampling-seed42", "bns-no_sampling-seed43", *(f"scratch-uniform-seed{seed}" for seed in (42, 43, 44)),
-        "scratch-cross_entropy-seed42", "scratch-cross_entropy-seed43"]
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -298,161 +290,3 @@ def test_what_is_no_final_file_is_refused(tmp_path):
         with pytest.raises(UserError, match="expected a"):
             export_weights.main(export_weights.argparse.Namespace(files=files, folder=folder))
     assert not (tmp_path / "new").exists()
-
-
-# ---------------------------------------------------------------------------------------------- the recipe of the runs
-
-
-# Takes the place of python: notes the command, and leaves what a run leaves; stops early where STOP names a run.
-STUB = """#!/usr/bin/env bash
-echo "$*" >> "$CALLS"
-[[ $1 == main_* ]] || exit 0
-folder="${@: -1}"
-mkdir -p "$folder"
-[[ $folder == */${WRONG:-none} ]] && exit 2
-echo '{"epoch": 0}' > "$folder/log.txt"
-[[ $folder == */${STOP:-none} ]] && exit 143
-[[ $1 =~ main_(cifar[0-9]+)_(.*).py ]] && touch "$folder/${BASH_REMATCH[2]}_${BASH_REMATCH[1]}_if$3.pth"
-"""
-
-
-@pytest.fixture
-def protocol(tmp_path, monkeypatch):
-    """A function that calls protocol.sh with a stub for python: its result, with the commands in `calls`."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(STUB)
-    (tmp_path / "bin" / "python").chmod(0o755)
-
-    def call(dataset="cifar10", folder="results/cifar10_if100", flags=(), **variables):
-        calls = tmp_path / "calls"
-        calls.write_text("")
-        env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "CALLS": str(calls),
-               "OMP_NUM_THREADS": "1", **variables}
-        command = ["bash", "benchmarks/protocol.sh", dataset, "/data", tmp_path / folder, *flags]
-        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-        done.calls = [line for line in calls.read_text().splitlines() if line.startswith("main_")]
-        return done
-    return call
-
-
-def names(calls):
-    return [Path(call.split()[-1]).name for call in calls]
-
-
-def test_core_runs(protocol, tmp_path):
-    done = protocol(flags=["--model", "cifar_resnet32"], BNS="--epochs 200")
-    assert done.returncode == 0, done.stderr
-    assert names(done.calls) == CORE
-    out = f"{tmp_path}/out/{tmp_path}/results/cifar10_if100"
-    by_name = dict(zip(names(done.calls), done.calls, strict=True))
-    common = "--imbalanced_factor 100 --model cifar_resnet32"
-    assert by_name["bns-seed0"] == (f"main_cifar10_pretrain_bns.py {common} --seed 0 --epochs 200 --resume auto "
-                                    f"--data_root /data --output_dir {out}/bns-seed0")
-    start = f"--resume auto {out}/bns-seed0/pretrain_bns_cifar10_if100.pth"
-    assert by_name["bns-no_sampling-seed43"] == (
-        f"main_cifar10_finetune_ipdpp.py {common} --eval_freq 10 --ipdpp_sampler none --epochs 27 --seed 43 {start} "
-        f"--data_root /data --output_dir {out}/bns-no_sampling-seed43")
-    assert "--epochs" not in by_name["bns-ipdpp-seed42"]
-    assert f"--resume auto {out}" not in by_name["scratch-uniform-seed42"]
-
-    results = tmp_path / "results" / "cifar10_if100"
-    assert {path.stem for path in results.glob("*.txt")} == set(CORE)
-    commands = (results / "commands").read_text()
-    assert [PART.fullmatch(line)[1] for line in commands.splitlines()] == CORE
-    assert str(tmp_path) not in commands and "/data" not in commands
-    assert "--resume auto bns-seed0/pretrain_bns_cifar10_if100.pth (" in commands
-    assert " s on 1 core, commit " in commands
-    assert protocol().calls == []  # all are done
-
-
-@pytest.mark.parametrize("flags, epochs", [("", 2027), ("--lr 1 --epochs 200", 427), ("--warmup_epochs 9", 2027)])
-def test_plain_training_of_the_same_length(flags, epochs, protocol):
-    # Two views an epoch of stage 1, then as many images as 27 epochs on all of them.
-    done = protocol(RUNS="scratch-cross_entropy-as_long", BNS=flags)
-    assert len(done.calls) == 2 and all(f"--ipdpp_sampler none --epochs {epochs} " in call for call in done.calls)
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_scripts_know_all_flags(dataset, protocol):
-    done = protocol(dataset, f"results/{dataset}_if50", IF="50", RUNS="*", SEEDS="1")
-    for call in done.calls:
-        script, *flags = shlex.split(call)
-        parser = importlib.import_module(script.removesuffix(".py")).get_args_parser()
-        args = parser.parse_args(flags)
-        assert args.imbalanced_factor == 50 and args.resume[0] == "auto"
-    numbers = ("100", "200", "1000") if dataset == "cifar10" else ("10", "20", "100")
-    assert names(done.calls)[-19:] == [
-        *(f"bns-{sampler}-n{number}-seed1" for number in numbers for sampler in ("ipdpp", "uniform")),
-        "scratch-cross_entropy-as_long-seed1",
-        *(f"{name}-lr{lr}-seed1" for lr in ("0.00025", "0.001") for name in ("bns-ipdpp", "bns-uniform",
-                                                                             "scratch-uniform")),
-        "bns-ipdpp-n2_kernel-seed1", "bns-ipdpp-adjusted_loss-seed1", "scratch-adjusted_loss-seed1", "eq12-seed0",
-        "eq12-probe-seed1", "eq12-ipdpp-seed1"]
-
-
-def test_own_flags_of_a_variant_win(protocol):
-    done = protocol(LATER="--lr 1", RUNS="scratch-uniform scratch-uniform-lr0.001", SEEDS="1")
-    assert [re.findall(r"--lr (\S+)", call)[-1] for call in done.calls] == ["1", "0.001"]
-
-
-def test_stopped_and_killed_runs_go_on_and_add_up_their_time(protocol, tmp_path):
-    stopped = protocol(RUNS="bns", STOP="bns-seed0")
-    results, folder = tmp_path / "results" / "cifar10_if100", tmp_path / f"out/{tmp_path}/results/cifar10_if100"
-    assert stopped.returncode == 143 and not (results / "bns-seed0.txt").exists()
-    # The next part is killed with the script, 100 s after its start, when it has just written its log.
-    now, command = int(time.time()), re.search("main_.*(?= \\()", (results / "commands").read_text())[0]
-    (folder / "bns-seed0.began").write_text(f"{now - 100}\n2 core, commit abc1234\n{command}\n")
-    os.utime(folder / "bns-seed0.began", (now - 100, now - 100))
-    os.utime(folder / "bns-seed0" / "log.txt", (now - 1, now - 1))
-    assert protocol(RUNS="bns").returncode == 0
-    parts = [PART.fullmatch(line).groups() for line in (results / "commands").read_text().splitlines()]
-    assert [part[-1] for part in parts] == [", stopped", ", stopped", None]
-    assert parts[1][:4] == ("bns-seed0", "99", "2", "core")
-    assert (results / "bns-seed0.txt").exists() and not list(folder.glob("*.began"))
-
-
-@pytest.mark.slow
-def test_time_on_cores_is_what_was_computed_and_elsewhere_what_passed(protocol, tmp_path):
-    stub = tmp_path / "bin" / "python"
-    stub.write_text(stub.read_text().replace("mkdir", "sleep 2\nmkdir"))
-    protocol(RUNS="scratch-uniform", SEEDS="1")
-    protocol(RUNS="scratch-uniform", SEEDS="2", ON="1 H100")
-    commands = (tmp_path / "results" / "cifar10_if100" / "commands").read_text()
-    seconds = [int(PART.fullmatch(line)[2]) for line in commands.splitlines()]
-    assert seconds[0] < 2 <= seconds[1]
-    stub.write_text(stub.read_text().replace("sleep 2", "for ((i = 0; i < 2000000; i++)); do :; done"))
-    protocol(RUNS="scratch-uniform", SEEDS="3")
-    assert int(PART.fullmatch((tmp_path / "results/cifar10_if100/commands").read_text().splitlines()[-1])[2]) >= 1
-
-
-@pytest.mark.slow
-def test_other_flags_in_the_folder_of_a_run_are_refused(protocol, tmp_path):
-    assert protocol(RUNS="bns", BNS="--epochs 200", STOP="bns-seed0").returncode == 143
-    for _ in range(2):  # of a stopped run and of a finished one
-        done = protocol(RUNS="bns", BNS="--epochs 1000")
-        assert done.returncode == 2 and "bns-seed0 was run with other flags" in done.stderr and done.calls == []
-        assert protocol(RUNS="bns", BNS="--epochs 200").returncode == 0
-
-
-def test_a_run_that_began_with_a_mistake_can_be_given_again_without_it(protocol, tmp_path):
-    assert protocol(RUNS="bns", BNS="--epoch 1", WRONG="bns-seed0").returncode == 2
-    assert not (tmp_path / "results/cifar10_if100/commands").exists()
-    assert protocol(RUNS="bns", BNS="--epochs 1").returncode == 0
-
-
-def test_runs_that_cannot_be_had_are_passed_over(protocol, tmp_path):
-    done = protocol(RUNS="bns-ipdpp-seed42 scratch-uniform", SEEDS="42")
-    assert names(done.calls) == ["scratch-uniform-seed42"] and "bns-ipdpp-seed42: passed over: no" in done.stdout
-    with open(tmp_path / f"out/{tmp_path}/results/cifar10_if100/bns-seed0.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = protocol(RUNS="bns scratch-cross_entropy", SEEDS="42")
-    assert names(done.calls) == ["scratch-cross_entropy-seed42"] and "under way elsewhere" in done.stdout
-
-
-def test_factors_seeds_and_mistakes(protocol):
-    done = protocol(folder="results/cifar10_if{IF}_x", IF="10 100", RUNS="scratch-*", SEEDS="7 8 9")
-    assert [call.split()[2] for call in done.calls] == ["10"] * 13 + ["100"] * 13
-    for wrong in (dict(IF="10"), dict(dataset="cifar100"), dict(dataset="mnist"), dict(RUNS="bns bns-other"),
-                  dict(ON="H100"), dict(ON="1.5 core")):
-        done = protocol(**wrong)
-        assert done.returncode == 2 and done.stderr.startswith("protocol.sh: ") and done.calls == []

@@ -1,4 +1,4 @@
-"""The runs of a study, read from the logs that benchmarks/protocol.sh keeps, and what their differences say.
+"""The runs of a study, read from the logs that benchmarks/study/run.py keeps, and what their differences say.
 
 A study's folder holds a log of each finished run, VARIANT-seed<number>.txt, and in `commands` the time that each took.
 A variant without a hyphen, such as `bns`, is a stage 1, and `bns-...` starts from its encoder; `scratch-...` starts

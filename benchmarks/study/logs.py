@@ -1,0 +1,97 @@
+"""A study's folder, read: a log of each run, VARIANT-seed<number>.txt, and in `commands` what each part of a run cost.
+
+A variant's name says where its network comes from, and what is done then:
+
+    bns               no hyphen: a stage 1
+    scratch-strong    from a random encoder
+    bns-ipdpp         from the encoder of the variant `bns`
+    bns_strong-ipdpp  from that of `bns-strong`: as an encoder's name, it has underscores
+    strong-ipdpp      from that of `scratch-strong`: as an encoder's name, it has no `scratch`
+"""
+import json
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+
+PLAIN, ADJUSTED, KNN = "test_", "test_adjusted_", "knn_"  # what the names of a log's accuracies begin with
+PART = re.compile(r"(\S+): (.*) \((\d+) s on (\d+) (.+), commit ([^,]*?)(, stopped)?\)")
+
+
+def is_stage1(variant):
+    return "-" not in variant
+
+
+def encoder_of(variant, variants):
+    """The one of `variants` whose encoder `variant` starts from, or None. Raises KeyError if it is not among them."""
+    encoder = variant.split("-")[0]
+    if is_stage1(variant) or encoder == "scratch":
+        return None
+    return {name.replace("-", "_").removeprefix("scratch_"): name for name in variants}[encoder]
+
+
+def accuracy(record, group, kind):
+    """Percent, or nan where the epoch has none: not evaluated, not adjusted, or no class in the group."""
+    if group == "overall":
+        return record.get(kind + "acc1", np.nan)
+    fraction = record.get(kind + group)
+    return np.nan if fraction is None else 100 * fraction
+
+
+class Study:
+    """The runs of a folder.
+
+    Attributes:
+        runs: dict from variant to dict from seed to the list of its epochs' records (dicts, as in log.txt).
+        stages1, later: the variants that are a stage 1; the others, by falling accuracy.
+        commands, commits: dicts from a run's name to its command; to the commits of its parts, a list.
+        hours: dict from a run's name to a Counter of hours by hardware, "core" for those of a CPU core.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.runs, self.commands = defaultdict(dict), {}
+        self.commits, self.hours = defaultdict(list), defaultdict(Counter)
+        for path in sorted(folder.glob("*-seed*.txt")):
+            variant, _, seed = path.stem.rpartition("-seed")
+            self.runs[variant][int(seed)] = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in (folder / "commands").read_text().splitlines():
+            name, command, seconds, number, hardware, commit, _ = PART.fullmatch(line).groups()
+            self.commands[name] = command
+            self.commits[name] += [commit] if commit not in self.commits[name] else []
+            self.hours[name][hardware] += int(seconds) * int(number) / 3600
+        self.stages1 = [variant for variant in self.runs if is_stage1(variant)]
+        self.later = sorted((variant for variant in self.runs if not is_stage1(variant)),
+                            key=lambda variant: -self.last(variant, "overall").mean())
+
+    def curves(self, variant, group, kind=PLAIN):
+        """Percent after each epoch, float (runs, epochs), runs in the order of `runs`; nan where there is no figure."""
+        runs = self.runs[variant].values()
+        return np.array([[accuracy(record, group, kind) for record in records] for records in runs])
+
+    def last(self, variant, group, kind=PLAIN):
+        """Percent after the last epoch, float (runs,)."""
+        return self.curves(variant, group, kind)[:, -1]
+
+    def images(self, variant):
+        """Images seen by the end of each epoch, mean of the runs, float (epochs,); without those of its encoder.
+
+        The two views of an image in stage 1 count as two.
+        """
+        views = 2 if is_stage1(variant) else 1
+        per_epoch = [[record["train_images"] for record in records] for records in self.runs[variant].values()]
+        return views * np.mean(np.cumsum(per_epoch, axis=1), axis=0)
+
+    def images_before(self, variant):
+        """Images that its encoder saw, and that encoder's own."""
+        encoder = encoder_of(variant, self.runs)
+        return self.images_before(encoder) + self.images(encoder)[-1] if encoder else 0
+
+    def cost(self, variant):
+        """Mean hours of a run, a Counter by hardware, with those of its encoder, and that encoder's own."""
+        encoder = encoder_of(variant, self.runs)
+        total = self.cost(encoder) if encoder else Counter()
+        for seed in self.runs[variant]:
+            for hardware, hours in self.hours[f"{variant}-seed{seed}"].items():
+                total[hardware] += hours / len(self.runs[variant])
+        return total

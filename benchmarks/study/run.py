@@ -1,0 +1,293 @@
+"""Do the runs of a study: stage 1, what is trained from its encoder, and the same from scratch.
+
+    python benchmarks/study/run.py --runs "bns bns-*" cifar10 CIFAR_FOLDER results/cifar10_if100 --model cifar_resnet32
+
+What follows the results folder are flags for every script. Give the command again to go on: a finished run is not
+repeated, and a stopped one continues after its last checkpoint. Several may work at once, for example one per core: a
+run that is under way elsewhere is passed over, and so is one whose encoder is missing.
+
+The results folder gets the log of each finished run, VARIANT-seed<number>.txt, and in `commands` a line per part of a
+run: its command, seconds, hardware and git commit. On CPU cores these are the seconds that it computed; else those that
+passed. Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
+
+To add a variant, add a line to `variants` below. benchmarks/study/logs.py says what its name means. Every encoder is
+trained once: a stage 1 with seed 0, any other with seed 42.
+"""
+import argparse
+import fcntl
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from benchmarks.study.logs import encoder_of, is_stage1  # noqa: E402
+from util.imbalanced_cifar import long_tailed_counts  # noqa: E402
+
+CORE = "bns bns-probe bns-ipdpp bns-uniform bns-no_sampling scratch-uniform scratch-cross_entropy"
+UNIFORM, ALL = "--ipdpp_sampler uniform", "--ipdpp_sampler none"
+# The field's recipes: that of Cao et al. (arXiv 1906.07413), and the one with AutoAugment and Cutout.
+CROP = "--augment crop --opt sgd --lr 0.1 --weight_decay 2e-4 --batch_size 128"
+STRONG = "--augment auto --opt sgd --lr 0.1 --weight_decay 5e-4 --batch_size 128 --warmup_epochs 5"
+
+
+def variants(dataset, factor, stage1_epochs):
+    """All variants, a dict from name to (number of seeds, own flags). `stage1_epochs`: those of `bns`."""
+    def epochs(number):
+        return epochs_for(number, dataset, factor)
+
+    table = {
+        # The paper's two stages, probing, and what they are compared with.
+        "bns": (1, ""),
+        "bns-probe": (3, ""),
+        "bns-ipdpp": (3, ""),
+        "bns-uniform": (3, UNIFORM),
+        "bns-no_sampling": (2, f"{ALL} --epochs {epochs('all')}"),
+        "scratch-uniform": (3, UNIFORM),
+        "scratch-cross_entropy": (2, f"{ALL} --epochs 200"),
+        # Plain training that sees as many images as stage 1, whose views count twice, and stage 2 together.
+        "scratch-cross_entropy-as_long": (2, f"{ALL} --epochs {2 * stage1_epochs + epochs('all')}"),
+        # Other forms of the method.
+        "bns-ipdpp-n2_kernel": (3, "--ipdpp_kernel published"),
+        "bns-ipdpp-adjusted_loss": (3, "--loss logit_adjusted"),
+        "scratch-adjusted_loss": (2, f"--loss logit_adjusted {ALL} --epochs 200"),
+        "eq12": (1, "--bns_form eq12"),
+        "eq12-probe": (3, ""),
+        "eq12-ipdpp": (3, ""),
+        # Plain training by the field's recipes.
+        "scratch-crop": (1, f"{ALL} {CROP} --epochs 200 --warmup_epochs 5"),
+        "scratch-strong": (2, f"{ALL} {STRONG} --epochs 200"),
+        "scratch-strong-e90": (2, f"{ALL} {STRONG} --epochs 90"),
+        "scratch-strong-e160": (2, f"{ALL} {STRONG} --epochs 160"),
+        "scratch-strong-e450": (1, f"{ALL} {STRONG} --epochs 450"),
+        "scratch-strong-adjusted_loss": (2, f"--loss logit_adjusted {ALL} {STRONG} --epochs 200"),
+        # Is BNS worth its time? The same from its encoder, and from one of 40 epochs.
+        "bns-strong": (1, f"{ALL} {STRONG} --epochs 200"),
+        "bns-strong-e90": (1, f"{ALL} {STRONG} --epochs 90"),
+        "bns40": (1, "--epochs 40"),
+        "bns40-strong-e90": (2, f"{ALL} {STRONG} --epochs 90"),
+    }
+    # How many images to keep of a class, at the same number of images seen.
+    numbers = {"cifar10": (100, 200, 1000), "cifar100": (10, 20, 100)}[dataset]
+    for number in numbers:
+        fewer = f"--num_samples {number} --epochs {epochs(number)}"
+        table[f"bns-ipdpp-n{number}"] = 3, fewer
+        table[f"bns-uniform-n{number}"] = 3, f"{fewer} {UNIFORM}"
+    # Learning rates: the paper's, and a higher one.
+    for lr in ("0.00025", "0.001"):
+        table[f"bns-ipdpp-lr{lr}"] = 3, f"--lr {lr}"
+        table[f"bns-uniform-lr{lr}"] = 3, f"--lr {lr} {UNIFORM}"
+        table[f"scratch-uniform-lr{lr}"] = 2, f"--lr {lr} {UNIFORM}"
+    # Stage 2 by the strong recipe, from three encoders: BNS's, that of plain training, and that of both in turn.
+    for name in ("bns-{}-strong", "strong-{}", "bns_strong-{}"):
+        ipdpp, uniform, everything = (name.format(sampling) for sampling in ("ipdpp", "uniform", "all"))
+        table[ipdpp] = 3, STRONG
+        table[uniform] = 3, f"{STRONG} {UNIFORM}"
+        table[everything] = 3, f"{STRONG} {ALL} --epochs {epochs('all')}"
+        for variant in (ipdpp, uniform, everything):
+            table[f"{variant}-adjusted_loss"] = 3, f"{table[variant][1]} --loss logit_adjusted"
+        for number in numbers:
+            fewer = f"{STRONG} --num_samples {number} --epochs {epochs(number)}"
+            table[f"{ipdpp}-n{number}"] = 3, fewer
+            table[f"{uniform}-n{number}"] = 3, f"{fewer} {UNIFORM}"
+        for lr in ("0.03", "0.01", "0.003"):
+            table[f"{ipdpp}-lr{lr}"] = 3, f"{STRONG} --lr {lr}"
+            table[f"{uniform}-lr{lr}"] = 3, f"{STRONG} --lr {lr} {UNIFORM}"
+    return table
+
+
+def epochs_for(number, dataset, factor):
+    """Epochs on at most `number` images of a class, or "all", that see as many images as 100 epochs of stage 2."""
+    classes, largest, own = {"cifar10": (10, 5000, 500), "cifar100": (100, 500, 50)}[dataset]
+    counts = long_tailed_counts(classes, largest, factor)
+    seen = counts if number == "all" else counts.clip(max=number)
+    return round(100 * counts.clip(max=own).sum() / seen.sum())
+
+
+class Run(NamedTuple):
+    name: str  # VARIANT-seed<number>
+    words: list[str]  # of its command, without this machine's paths
+    encoder: str | None  # the word that names the file of its encoder
+
+
+def plan(args):
+    """The runs that the options ask for, a list in the order of `variants`.
+
+    Raises:
+        SystemExit: a pattern of --runs matches no run.
+    """
+    given = re.findall(r"--epochs (\d+)", args.stage1_flags)
+    table = variants(args.dataset, args.imbalanced_factor, int(given[-1]) if given else 1000)
+    runs, matched = [], set()
+    for variant, (number, flags) in table.items():
+        for seed in [0] if is_stage1(variant) else args.seeds[:number]:
+            name = f"{variant}-seed{seed}"
+            patterns = {pattern for pattern in args.runs
+                        if fnmatchcase(variant, pattern) or fnmatchcase(name, pattern)}
+            matched |= patterns
+            if patterns:
+                encoder = encoder_file(variant, table, args)
+                runs.append(Run(name, words_of(variant, seed, flags.split(), encoder, args), encoder))
+    for pattern in args.runs:
+        if pattern not in matched:
+            raise SystemExit(f"--runs: found '{pattern}', expected some of: {' '.join(table)}")
+    return runs
+
+
+def words_of(variant, seed, flags, encoder, args):
+    """The command of a run, as words. Where a flag comes twice, the variant's own wins over that of the options."""
+    seed = ["--seed", str(seed)]
+    if is_stage1(variant):
+        flags = [*seed, *args.stage1_flags.split(), *flags]
+    else:
+        flags = ["--eval_freq", "10", *args.later_flags.split(), *flags, *seed]
+    common = ["--imbalanced_factor", f"{args.imbalanced_factor:g}", *args.flags]
+    words = [f"main_{args.dataset}_{stage_of(variant)}.py", *common, *flags]
+    if encoder is None:
+        return [*words, "--resume", "auto"]
+    if "pretrain_bns" in encoder:
+        return [*words, "--resume", "auto", encoder]
+    return [*words, "--encoder", encoder, "--resume", "auto"]  # --resume would continue that run, of the same stage
+
+
+def encoder_file(variant, table, args):
+    """The final file of a variant's encoder, below the folder of the checkpoints, or None."""
+    encoder = encoder_of(variant, table)
+    if encoder is None:
+        return None
+    seed = 0 if is_stage1(encoder) else 42
+    return f"{encoder}-seed{seed}/{stage_of(encoder)}_{args.dataset}_if{args.imbalanced_factor:g}.pth"
+
+
+def stage_of(variant):
+    if is_stage1(variant):
+        return "pretrain_bns"
+    return "lineprob_bns" if variant.endswith("-probe") else "finetune_ipdpp"
+
+
+def train(run, args):
+    """Train a run until it is over, from where an earlier part of it stopped.
+
+    Raises:
+        SystemExit: the run was stopped or failed, or it was begun with other flags.
+    """
+    checkpoints = Path(f"{args.out}/{args.results}")
+    folder, began_file = checkpoints / run.name, checkpoints / f"{run.name}.began"
+    command, log = " ".join(run.words), folder / "log.txt"
+    with open(checkpoints / f"{run.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{run.name}: passed over: under way elsewhere")
+            return
+        if began_file.exists():
+            note_killed_part(run.name, began_file, log, args)
+        noted = last_command(run.name, args)
+        if noted and noted != command:
+            raise SystemExit(f"{run.name} was run with other flags; expected the same ones, or another folder: {noted}")
+        if (args.results / f"{run.name}.txt").exists():
+            return
+        if run.encoder and not (checkpoints / run.encoder).exists():
+            print(f"{run.name}: passed over: no {checkpoints / run.encoder}")
+            return
+
+        where = f"{args.hardware}, commit {commit()}"
+        began_file.write_text(f"{time.time():.0f}\n{where}\n{command}\n")
+        words = [str(checkpoints / word) if word == run.encoder else word for word in run.words]
+        words += ["--data_root", args.data_root, "--output_dir", str(folder)]
+        print(f"+ {command}", flush=True)
+        code, seconds = call([sys.executable, ROOT / words[0], *words[1:]], lock, args.hardware)
+        began_file.unlink()
+        if log.exists():  # else it was a wrong flag, say, and nothing was trained
+            note(run.name, command, seconds, where + (", stopped" if code else ""), args)
+        if code:
+            raise SystemExit(code)
+        copy = args.results / f".{run.name}.copy"
+        copy.write_bytes(log.read_bytes())
+        copy.rename(args.results / f"{run.name}.txt")  # never half of it
+
+
+def call(words, lock, hardware):
+    """Run a command. Returns its exit status, and the seconds that it computed, or those that passed on no CPU core.
+
+    It holds the lock too, should it outlive this script.
+    """
+    began, computed_before = time.time(), computed()
+    process = subprocess.Popen(words, pass_fds=[lock.fileno()])
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends Ctrl-C to the run too, which saves and leaves
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    code = process.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return code, computed() - computed_before if hardware.endswith(" core") else time.time() - began
+
+
+def computed():
+    """Seconds of CPU time of all that this script has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def note_killed_part(name, began_file, log, args):
+    """Note a part that was killed together with this script. It ended, as far as is known, with its log's last line."""
+    began, where, command = began_file.read_text().splitlines()
+    if log.exists() and log.stat().st_mtime > float(began):
+        note(name, command, log.stat().st_mtime - float(began), f"{where}, stopped", args)
+    began_file.unlink()
+
+
+def note(name, command, seconds, where, args):
+    with open(args.results / "commands", "a") as file:
+        file.write(f"{name}: {command} ({seconds:.0f} s on {where})\n")
+
+
+def last_command(name, args):
+    """The command of a run's latest part, or None."""
+    path = args.results / "commands"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [line for line in lines if line.startswith(f"{name}: ")]
+    return found[-1].removeprefix(f"{name}: ").rpartition(" (")[0] if found else None
+
+
+def commit():
+    """The commit that a run is trained by, and whether the product differs from it."""
+    name = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    changed = ["git", "diff", "--quiet", "HEAD", "--", "*.py", ":!benchmarks", ":!tests"]
+    return name + (" with changes" if subprocess.call(changed, cwd=ROOT) else "")
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("dataset", choices=["cifar10", "cifar100"])
+    parser.add_argument("data_root", help="folder that holds CIFAR")
+    parser.add_argument("results", type=Path, help="folder for logs and `commands`")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags for every script")
+    option = parser.add_argument
+    option("--runs", type=str.split, default=CORE, help="patterns of variants or runs, such as 'bns-* *-seed42'")
+    option("--seeds", type=str.split, default="42 43 44", help="of all but stage 1; some variants take only the first "
+           "or the first two")
+    option("--imbalanced_factor", type=float, default=100)
+    option("--stage1_flags", default="", help="such as '--epochs 200'; else stage 1 is the paper's")
+    option("--later_flags", default="", help="of every later stage, such as '--eval_freq 5 --lr 0.001'")
+    option("--hardware", default="1 core", help="of a run, for its cost, such as '1 H100'")
+    option("--out", default="output_dir", help="folder for checkpoints")
+    return parser
+
+
+def main(args):
+    runs = plan(args)
+    for folder in (args.results, Path(f"{args.out}/{args.results}")):
+        folder.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        train(run, args)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())
