@@ -13,7 +13,7 @@ from benchmarks.study.logs import PART, encoder_of
 ROOT = Path(__file__).resolve().parents[1]
 # Stands in for the scripts: notes its flags, and leaves what a run leaves; stops early where STOP names a run.
 STUB = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 folder = Path(sys.argv[-1])
 with open(os.environ["CALLS"], "a") as calls:
@@ -26,7 +26,7 @@ if folder.name == os.environ.get("STOP"):
     sys.exit(143)
 script, dataset = Path(sys.argv[0]).stem.split("_", 2)[2], Path(sys.argv[0]).stem.split("_")[1]
 (folder / f"{script}_{dataset}_if100.pth").touch()
-for _ in range(int(os.environ["WORK"] or 0)):
+while time.process_time() < float(os.environ["WORK"] or 0):
     pass
 """
 
@@ -54,6 +54,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study_run, "ROOT", tmp_path)
     monkeypatch.setattr(study_run, "commit", lambda: "abc1234")
+    monkeypatch.setattr(study_run.tables, "write", lambda folder: None)
 
     def call(*options, **variables):
         (tmp_path / "calls").write_text("")
@@ -176,8 +177,8 @@ def test_stopped_and_killed_parts_go_on_and_are_noted(study, tmp_path):
 
 def test_time_on_cores_is_what_was_computed_and_elsewhere_what_passed(study, tmp_path):
     stub = tmp_path / "main_cifar10_finetune_ipdpp.py"
-    study("--runs", "scratch-uniform", "--seeds", "1", WORK="30000000")
-    stub.write_text("import time\ntime.sleep(2)\n" + stub.read_text())
+    study("--runs", "scratch-uniform", "--seeds", "1", WORK="1.5")
+    stub.write_text("import time\ntime.sleep(2.5)\n" + stub.read_text())
     study("--runs", "scratch-uniform", "--seeds", "2")
     study("--runs", "scratch-uniform", "--seeds", "3", "--hardware", "1 H100")
     lines = (tmp_path / "results" / "commands").read_text().splitlines()

@@ -30,6 +30,23 @@ def encoder_of(variant, variants):
     return {name.replace("-", "_").removeprefix("scratch_"): name for name in variants}[encoder]
 
 
+def traits(variant):
+    """What its name says of a variant of a later stage, a dict: `encoder`, `recipe`, and more where the name has more.
+
+    `images` are those that it trains on, if not simply all.
+    """
+    encoder, *parts = variant.split("-")
+    found = {"encoder": encoder, "recipe": "strong" if "strong" in encoder else "cross_entropy"}
+    for part in parts:
+        if part in ("cross_entropy", "crop", "strong"):
+            found["recipe"] = part
+        elif part in ("ipdpp", "uniform", "all", "no_sampling", "probe"):
+            found["images"] = part
+        else:  # such as n100, lr0.01, e90
+            found[re.sub(r"[\d.]+", "", part)] = part
+    return found
+
+
 def accuracy(record, group, kind):
     """Percent, or nan where the epoch has none: not evaluated, not adjusted, or no class in the group."""
     if group == "overall":
@@ -64,6 +81,11 @@ class Study:
         self.later = sorted((variant for variant in self.runs if not is_stage1(variant)),
                             key=lambda variant: -self.last(variant, "overall").mean())
 
+    def records_with(self, name):
+        """The records of all runs that have an entry `name`, a list."""
+        return [record for runs in self.runs.values() for records in runs.values() for record in records
+                if name in record]
+
     def curves(self, variant, group, kind=PLAIN):
         """Percent after each epoch, float (runs, epochs), runs in the order of `runs`; nan where there is no figure."""
         runs = self.runs[variant].values()
@@ -95,3 +117,14 @@ class Study:
             for hardware, hours in self.hours[f"{variant}-seed{seed}"].items():
                 total[hardware] += hours / len(self.runs[variant])
         return total
+
+
+def count(images):
+    """A number of images as text, such as 5.25 M."""
+    return f"{images / 1e6:.2f} M" if images >= 1e6 else f"{images / 1e3:.0f} k"
+
+
+def hours(cost):
+    """Hours by hardware (dict) as text: of CPU cores, or followed by the name of other hardware."""
+    return " + ".join(f"{value:.2f}" if hardware == "core" else f"{value:.2f} {hardware}"
+                      for hardware, value in cost.items()) or "–"

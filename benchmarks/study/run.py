@@ -8,7 +8,7 @@ run that is under way elsewhere is passed over, and so is one whose encoder is m
 
 The results folder gets the log of each finished run, VARIANT-seed<number>.txt, and in `commands` a line per part of a
 run: its command, seconds, hardware and git commit. On CPU cores these are the seconds that it computed; else those that
-passed. Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
+passed. Last, tables.py writes the folder's README.md. Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
 
 To add a variant, add a line to `variants` below. benchmarks/study/logs.py says what its name means. Every encoder is
 trained once: a stage 1 with seed 0, any other with seed 42.
@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from benchmarks.study import tables  # noqa: E402
 from benchmarks.study.logs import encoder_of, is_stage1  # noqa: E402
 from util.imbalanced_cifar import long_tailed_counts  # noqa: E402
 
@@ -287,6 +288,7 @@ def main(args):
         folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
         train(run, args)
+    tables.write(args.results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""The pictures of a study: accuracy against images and against cost, kNN along stage 1, what IP-DPP draws."""
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from benchmarks.study.logs import ADJUSTED, KNN, PLAIN, count
+
+# ResNet-32 at imbalance factor 100, on CIFAR-10-LT and CIFAR-100-LT: figures of these papers, not of this project.
+FIELD = {
+    "cross-entropy, Cao et al. 2019": (70.4, 38.3),
+    "LDAM-DRW, Cao et al. 2019": (77.0, 42.0),
+    "BCL, Zhu et al. 2022": (84.3, 51.9),
+    "ProCo, Du et al. 2024": (85.9, 52.8),
+}
+
+
+def draw(study):
+    """Draw what there is to show, into the study's folder."""
+    if study.later:
+        draw_accuracy(study, study.folder / "accuracy.png")
+        draw_cost(study, study.folder / "cost.png")
+    if study.records_with(KNN + "acc1"):
+        draw_neighbours(study, study.folder / "knn.png")
+    if study.records_with("drawn"):
+        draw_draws(study, study.folder / "draws.png")
+
+
+def draw_accuracy(study, path):
+    """Accuracy over images seen, in a band from the lowest to the highest run; last epoch: mean and deviation."""
+    figure, axes = panels(3)
+    axes[0].set(xscale="log", xlabel="images seen in this stage", ylabel="overall test accuracy, %", title="plain")
+    axes[1].set(xscale="log", xlabel="images seen in this stage", title="logit-adjusted")
+    axes[1].sharey(axes[0])
+    axes[2].set(xlabel="overall test accuracy, %", title="last epoch: plain (dots), adjusted (triangles)")
+    axes[2].set_yticks(range(len(study.later)), [
+        f"{variant}, {count(study.images_before(variant) + study.images(variant)[-1])}" for variant in study.later])
+    axes[2].invert_yaxis()
+    for number, variant in enumerate(study.later):
+        colour, images, before = colour_of(number), study.images(variant), study.images_before(variant)
+        label = f"{variant}, after {count(before)} before" if before else variant
+        for panel, kind, marker in zip(axes[:2], (PLAIN, ADJUSTED), "o^", strict=True):
+            curves = study.curves(variant, "overall", kind)
+            shown = ~np.isnan(curves).any(axis=0)  # epochs in which all runs were evaluated
+            panel.plot(images[shown], curves[:, shown].mean(axis=0), ".-", color=colour, label=label)
+            panel.fill_between(images[shown], curves[:, shown].min(axis=0), curves[:, shown].max(axis=0),
+                               color=colour, alpha=0.15, linewidth=0)
+            deviation = curves[:, -1].std(ddof=1) if len(curves) > 1 else 0
+            axes[2].errorbar(curves[:, -1].mean(), number, xerr=deviation, fmt=marker, color=colour)
+    save(figure, path)
+
+
+def draw_cost(study, path):
+    """Accuracy at the last epoch over hours, those of the encoder included, beside published figures.
+
+    Only runs on the hardware of most variants are shown: hours of another mean something else.
+    """
+    costs = {variant: study.cost(variant) for variant in study.later}
+    hardware, _ = Counter(tuple(cost) for cost in costs.values()).most_common(1)[0]
+    figure, (panel,) = panels(1, size=(9, 6.5))
+    panel.set(xscale="log", xlabel=f"{' + '.join(hardware)}-hours", ylabel="overall test accuracy, %",
+              title="last epoch: plain (dots), adjusted (triangles)")
+    for number, (variant, cost) in enumerate(costs.items()):
+        if tuple(cost) == hardware:
+            hours = sum(cost.values())
+            plain, adjusted = (study.last(variant, "overall", kind).mean() for kind in (PLAIN, ADJUSTED))
+            panel.plot([hours, hours], [plain, adjusted], ":", color=colour_of(number), linewidth=1)
+            panel.plot(hours, plain, "o", color=colour_of(number), label=variant)
+            panel.plot(hours, adjusted, "^", color=colour_of(number))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("{x:g}")
+    panel.margins(y=0.08)
+    dataset = re.search(r"(cifar\d+)_if100(?!\d)", study.folder.name)
+    if dataset:
+        for name, figures in FIELD.items():
+            published = figures[dataset[1] == "cifar100"]
+            panel.axhline(published, color="grey", linewidth=1, linestyle="--")
+            panel.annotate(f"{name}: {published}", (0, published), (3, 3), xycoords=("axes fraction", "data"),
+                           textcoords="offset points", fontsize=7, color="grey")
+    save(figure, path)
+
+
+def draw_neighbours(study, path):
+    figure, (panel,) = panels(1)
+    panel.set(xlabel="epochs of stage 1", ylabel="kNN accuracy, %")
+    for number, variant in enumerate(study.stages1):
+        for colour, group in enumerate(("many", "medium", "few", "overall")):
+            curve = study.curves(variant, group, KNN)[0]
+            shown = ~np.isnan(curve)
+            panel.plot(1 + np.flatnonzero(shown), curve[shown], ("o-", "^--", "s:")[number % 3], markersize=3,
+                       color=f"C{colour}", label=f"{variant}, {group}")
+    save(figure, path)
+
+
+def draw_draws(study, path):
+    """Mean p and margin of drawn and left images: means over the seeds and over the classes logged, the largest.
+
+    The first draw is left out: its classifier is untrained, and its margins would hide all others.
+    """
+    figure, axes = panels(3, subplot_kw={"xlabel": "epoch of the draw"})
+    axes[0].set(ylabel="p of the true label, five largest classes")
+    axes[1].set(ylabel="p: drawn minus left images")
+    axes[2].set(ylabel="margin of the true label's logit")
+    for variant in study.later:
+        if re.search(r"-n\d+$", variant):  # they would crowd it
+            continue
+        curves = curves_of_draws(study.runs[variant].values())
+        if not curves:
+            continue
+        colour, epochs = colour_of(len(axes[1].lines)), list(curves)
+        drawn_p, left_p, drawn_margin, left_margin = np.array(list(curves.values())).T
+        for panel, drawn, left in ((axes[0], drawn_p, left_p), (axes[2], drawn_margin, left_margin)):
+            panel.plot(epochs, drawn, ".-", color=colour, label=f"{variant}, drawn")
+            panel.plot(epochs, left, ".--", color=colour, label=f"{variant}, left")
+        axes[1].plot(epochs, drawn_p - left_p, ".-", color=colour)
+    save(figure, path)
+
+
+def curves_of_draws(runs):
+    """Dict from the epoch of a draw to the means of p of drawn and left images, and of their margins."""
+    values = defaultdict(list)
+    for record in (record for records in runs for record in records if record["epoch"] > 0):
+        for draw in record.get("drawn", ()):
+            values[record["epoch"]].append([draw.get(name, np.nan) for name in (
+                "drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin")])
+    return {epoch: np.mean(rows, axis=0) for epoch, rows in values.items()}
+
+
+def colour_of(number):
+    return colormaps["tab20"](number % 20)
+
+
+def panels(number, size=None, **options):
+    figure = Figure(size or (5 * number, 4.5), dpi=110, layout="constrained")
+    axes = figure.subplots(1, number, squeeze=False, **options)[0]
+    for panel in axes:
+        panel.grid(alpha=0.3)
+    return figure, axes
+
+
+def save(figure, path):
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path)
+    print(f"wrote {path}")

@@ -1,0 +1,32 @@
+"""Write final files of a study as small ones to evaluate or to start from: weights, epoch and flags, and nothing else.
+
+    python benchmarks/study/weights.py output_dir/results/NAME/bns-seed0/pretrain_bns_cifar10_if100.pth results/NAME
+
+Several files may be given before the folder. The copies keep their names. Optimiser, history and draw are left out, and
+flags that name a file, folder or device of the machine they were trained on.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+
+OF_A_MACHINE = ("output_dir", "log_dir", "data_root", "resume", "encoder", "eval", "device")
+
+
+def main(args):
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for path in args.files:
+        target = args.folder / path.name
+        if target.exists():
+            raise SystemExit(f"found {target}, expected none: delete it first, if it is to be replaced")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        flags = {name: value for name, value in checkpoint["args"].items() if name not in OF_A_MACHINE}
+        torch.save({"model": checkpoint["model"], "epoch": checkpoint["epoch"], "args": flags}, target)
+        print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="final files of runs")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the small ones go")
+    main(parser.parse_args())
