@@ -12,11 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TINY, final_file, run
-from kernels import count_work
+from conftest import final_file, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from training_steps import prepare
 
 import main_cifar10_finetune_ipdpp as finetune
 import main_cifar10_lineprob_bns as lineprob
@@ -202,16 +200,3 @@ def test_a_resumed_run_keeps_its_state_on_the_device(script, fake_cuda, tmp_path
     on_cuda(fake_cuda, script, tmp_path, "--amp", "float16")
     on_cuda(fake_cuda, script, tmp_path, "--amp", "float16", "--epochs", 3, "--resume", "auto")
     steps_did_not_wait(fake_cuda, epochs=3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage, flags", [(1, ["--batch_size", 8]), (2, ["--batch_size", 8])])
-def test_measured_steps_do_not_wait_either(stage, flags, fake_cuda, tmp_path):
-    flags = [*TINY[:-4], *flags, "--device", "cuda", "--amp", "float16", "--imbalanced_factor", 100,
-             "--output_dir", tmp_path]
-    with fake_cuda:
-        train = prepare(stage, [str(flag) for flag in flags], steps=2)
-        train(2)
-        work = count_work(train)
-    steps_did_not_wait(fake_cuda, epochs=2)
-    assert work["flop"] > 0 and work["product_bytes"] > 0 and work["other_bytes"] > 0

@@ -1,0 +1,58 @@
+"""Time and memory, as the scripts beside this file measure them."""
+import ctypes
+import gc
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+def median_seconds(function, runs, device="cpu", clock=None):
+    """Median seconds of a call, after one call to warm up.
+
+    clock: unset, CPU time of this process on the CPU, so that other work on the machine counts less, and wall time on
+    CUDA.
+    """
+    clock = clock or (time.perf_counter if device == "cuda" else time.process_time)
+    seconds = []
+    for _ in range(runs + 1):
+        begin = clock()
+        function()
+        wait(device)
+        seconds.append(clock() - begin)
+    return median(seconds[1:])
+
+
+def wait(device):
+    """Until the device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """`bytes()` is the most memory that was in use since this was made, beyond what was in use then.
+
+    On CUDA it is what tensors use; on the CPU, with Linux, the resident set of this process.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before goes back to the system
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            self.before = resident("VmRSS")
+
+    def bytes(self):
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else resident("VmHWM")
+        return peak - self.before
+
+
+def resident(field):
+    """Bytes of a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
