@@ -2,14 +2,15 @@
 
     python benchmarks/speed/pretrain.py [--stage 2] [--data_root FOLDER_OF_CIFAR-10] [--amp float16] [--compile]
 
-Ours is main_cifar10_pretrain_bns.py itself (stage 2: main_cifar10_finetune_ipdpp.py on all images), stopped after some
-steps. The plain pipeline is what the method is usually written as: torchvision's transforms on PIL images in loader
+Ours is main_cifar10_pretrain_bns.py itself, stopped after some steps (stage 2: main_cifar10_finetune_ipdpp.py on all
+images). The plain pipeline is what the method is usually written as: torchvision's transforms on PIL images in loader
 workers, contiguous float32 (float16 on CUDA), the loss broadcast to (2N, 2N, D), AdamW, the loss read in every step.
-Both train a ResNet-18. Times are medians of several blocks of steps, after a first one. Peak memory is that of a
-pipeline with its data, without the workers'.
+Times are medians of several blocks of steps, after a first one. Peak memory is that of a pipeline with its data,
+without the workers'.
 """
 import argparse
 import itertools
+import os
 import signal
 import sys
 import tempfile
@@ -19,18 +20,17 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import main_cifar10_finetune_ipdpp  # noqa: E402
 import main_cifar10_pretrain_bns  # noqa: E402
-from benchmarks.speed.augment import load_pixels, pil_pipeline  # noqa: E402
+from benchmarks.speed.augment import PIL_PIPELINES, load_pixels  # noqa: E402
 from benchmarks.speed.bns_loss import broadcast_loss  # noqa: E402
 from benchmarks.speed.timer import PeakMemory, median_seconds, wait  # noqa: E402
 from models import BNSNetwork, Classifier, create_encoder  # noqa: E402
-
-SCRIPTS = {1: main_cifar10_pretrain_bns, 2: main_cifar10_finetune_ipdpp}
 
 
 class Steps:
@@ -47,12 +47,12 @@ class Steps:
 
 
 def ours(options, measure):
-    """Start the script of the stage. Where it trains its first epoch, call `measure(train)` instead; return its result.
+    """Run the script of the stage up to its first epoch. Returns what `measure(train)` does in place of that epoch.
 
-    `train()` does a block of steps, as an epoch of the script.
+    `train()` does a block of steps, by the script's own train_one_epoch.
     """
-    script, results = SCRIPTS[options.stage], []
-    train_one_epoch = script.train_one_epoch
+    script = main_cifar10_pretrain_bns if options.stage == 1 else main_cifar10_finetune_ipdpp
+    train_one_epoch, results = script.train_one_epoch, []
 
     def measured(network, criterion, batches, *rest):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a benchmark at once
@@ -60,10 +60,10 @@ def ours(options, measure):
         results.append(measure(lambda: train_one_epoch(network, criterion, Steps(endless, options.steps), *rest)))
         raise SystemExit  # of the script
 
-    flags = ["--imbalanced_factor", "1", "--batch_size", str(options.batch_size), "--amp", options.amp]
-    flags += ["--device", options.device, *(["--compile"] if options.compile else [])]
+    flags = ["--model", options.model, "--batch_size", str(options.batch_size), "--imbalanced_factor", "1"]
+    flags += ["--amp", options.amp, "--device", options.device, *(["--compile"] if options.compile else [])]
     flags += ["--data_root", options.data_root] if options.data_root else ["--toy_data"]
-    flags += ["--model", options.model, *(["--ipdpp_sampler", "none"] if options.stage == 2 else [])]
+    flags += ["--ipdpp_sampler", "none"] if options.stage == 2 else []
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         args = script.get_args_parser().parse_args([*flags, "--output_dir", folder])
         with mock.patch.object(script, "train_one_epoch", measured), suppress(SystemExit):
@@ -72,38 +72,36 @@ def ours(options, measure):
 
 
 class Views(Dataset):
-    def __init__(self, data_root, stage):
-        self.pixels, self.labels = load_pixels(data_root)
-        self.views, self.augment = (2, pil_pipeline(2.0)) if stage == 1 else (1, pil_pipeline(1.0))
+    def __init__(self, data_root, number):
+        self.number, (self.pixels, self.labels) = number, load_pixels(data_root)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
         image = Image.fromarray(self.pixels[index])
-        return *(self.augment(image) for _ in range(self.views)), self.labels[index]
+        return *(PIL_PIPELINES["simclr"](image) for _ in range(self.number)), self.labels[index]
 
 
 def plain(options, measure):
-    """The result of `measure(train)` for the plain pipeline."""
-    cuda = options.device == "cuda"
+    """What `measure(train)` returns for the plain pipeline."""
+    cuda, views = options.device == "cuda", {1: 2, 2: 1}[options.stage]
     torch.backends.cudnn.benchmark = True
     encoder = create_encoder(options.model)
     model = (BNSNetwork(encoder) if options.stage == 1 else Classifier(encoder, 10)).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     scaler = torch.amp.GradScaler(options.device, enabled=cuda)
-    loader = DataLoader(Views(options.data_root, options.stage), options.batch_size, shuffle=True, drop_last=True,
-                        pin_memory=cuda, num_workers=options.workers, persistent_workers=True)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    loader = DataLoader(Views(options.data_root, views), options.batch_size, shuffle=True, drop_last=True,
+                        pin_memory=cuda, num_workers=os.cpu_count(), persistent_workers=True)
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def train():
-        for batch in itertools.islice(batches, options.steps):
-            *views, labels = (part.to(options.device, non_blocking=True) for part in batch)
+        for batch in itertools.islice(endless, options.steps):
+            *images, labels = (part.to(options.device, non_blocking=True) for part in batch)
             optimizer.zero_grad()
             with torch.autocast(options.device, torch.float16, enabled=cuda):
-                outputs = model(*views)
-                loss = torch.nn.functional.cross_entropy(outputs, labels) if options.stage == 2 else broadcast_loss(
-                    *outputs, labels)
+                outputs = model(*images)
+                loss = broadcast_loss(*outputs, labels) if options.stage == 1 else F.cross_entropy(outputs, labels)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -126,15 +124,15 @@ def profile(options):
 
 
 def compare(options):
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, {'real' if options.data_root else 'toy'} images, {options.model}, batch {options.batch_size}")
+    """Print time and memory of both pipelines."""
+    def measure(train):
+        return median_seconds(train, options.blocks, options.device, clock=time.perf_counter) / options.steps
+
+    views, seconds = {1: 2, 2: 1}[options.stage] * options.batch_size, {}
     print(f"{'':6} {'ms a step':>11} {'views/s':>10} {'peak MiB':>10}")
-    views, seconds = options.batch_size * (2 if options.stage == 1 else 1), {}
     for pipeline in (plain, ours):
         memory = PeakMemory(options.device)
-        block = pipeline(options, lambda train: median_seconds(
-            train, options.blocks, options.device, clock=time.perf_counter))
-        seconds[pipeline] = block / options.steps
+        seconds[pipeline] = pipeline(options, measure)
         print(f"{pipeline.__name__:6} {seconds[pipeline] * 1e3:11,.1f} {views / seconds[pipeline]:10,.1f} "
               f"{memory.bytes() / 2**20:10,.0f}", flush=True)
     print(f"ours is {seconds[plain] / seconds[ours]:.1f} times as fast")
@@ -147,10 +145,9 @@ if __name__ == "__main__":
     parser.add_argument("--data_root", help="folder of CIFAR-10, else toy images are drawn")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--batch_size", type=int, help="unset, the script's; on the CPU 512 in stage 1")
-    parser.add_argument("--steps", type=int, help="of a block; stage 2 augments 16 batches at once")
+    parser.add_argument("--batch_size", type=int, help="unset: the script's; on the CPU, 512 in stage 1")
+    parser.add_argument("--steps", type=int, help="of a block; in stage 2 a multiple of 16, which it augments at once")
     parser.add_argument("--blocks", type=int, default=7 if cuda else 3)
-    parser.add_argument("--workers", type=int, default=16 if cuda else 2, help="of the plain pipeline")
     parser.add_argument("--amp", default="auto", help="of ours")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
     parser.add_argument("--profile", action="store_true", help="print torch.profiler's table of our steps and stop")

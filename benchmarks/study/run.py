@@ -7,11 +7,10 @@ repeated, and a stopped one continues after its last checkpoint. Several may wor
 run that is under way elsewhere is passed over, and so is one whose encoder is missing.
 
 The results folder gets the log of each finished run, VARIANT-seed<number>.txt, and in `commands` a line per part of a
-run: its command, seconds, hardware and git commit. On CPU cores these are the seconds that it computed; else those that
-passed. Last, tables.py writes the folder's README.md. Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
+run: its command, seconds, hardware and git commit. On CPU cores these are the seconds that it computed, else those that
+passed. Then tables.py writes the folder's README.md. Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
 
-To add a variant, add a line to `variants` below. benchmarks/study/logs.py says what its name means. Every encoder is
-trained once: a stage 1 with seed 0, any other with seed 42.
+To add a variant, add a line to `variants` below. benchmarks/study/logs.py says what its name means.
 """
 import argparse
 import fcntl
@@ -40,8 +39,8 @@ STRONG = "--augment auto --opt sgd --lr 0.1 --weight_decay 5e-4 --batch_size 128
 
 def variants(dataset, factor, stage1_epochs):
     """All variants, a dict from name to (number of seeds, own flags). `stage1_epochs`: those of `bns`."""
-    def epochs(number):
-        return epochs_for(number, dataset, factor)
+    def epochs(images):
+        return epochs_for(images, dataset, factor)
 
     table = {
         # The paper's two stages, probing, and what they are compared with.
@@ -67,47 +66,39 @@ def variants(dataset, factor, stage1_epochs):
         "scratch-strong-e90": (2, f"{ALL} {STRONG} --epochs 90"),
         "scratch-strong-e160": (2, f"{ALL} {STRONG} --epochs 160"),
         "scratch-strong-e450": (1, f"{ALL} {STRONG} --epochs 450"),
-        "scratch-strong-adjusted_loss": (2, f"--loss logit_adjusted {ALL} {STRONG} --epochs 200"),
+        "scratch-strong-adjusted_loss": (2, f"{ALL} {STRONG} --epochs 200 --loss logit_adjusted"),
         # Is BNS worth its time? The same from its encoder, and from one of 40 epochs.
         "bns-strong": (1, f"{ALL} {STRONG} --epochs 200"),
         "bns-strong-e90": (1, f"{ALL} {STRONG} --epochs 90"),
         "bns40": (1, "--epochs 40"),
         "bns40-strong-e90": (2, f"{ALL} {STRONG} --epochs 90"),
     }
-    # How many images to keep of a class, at the same number of images seen.
-    numbers = {"cifar10": (100, 200, 1000), "cifar100": (10, 20, 100)}[dataset]
-    for number in numbers:
-        fewer = f"--num_samples {number} --epochs {epochs(number)}"
-        table[f"bns-ipdpp-n{number}"] = 3, fewer
-        table[f"bns-uniform-n{number}"] = 3, f"{fewer} {UNIFORM}"
-    # Learning rates: the paper's, and a higher one.
-    for lr in ("0.00025", "0.001"):
-        table[f"bns-ipdpp-lr{lr}"] = 3, f"--lr {lr}"
-        table[f"bns-uniform-lr{lr}"] = 3, f"--lr {lr} {UNIFORM}"
-        table[f"scratch-uniform-lr{lr}"] = 2, f"--lr {lr} {UNIFORM}"
     # Stage 2 by the strong recipe, from three encoders: BNS's, that of plain training, and that of both in turn.
-    for name in ("bns-{}-strong", "strong-{}", "bns_strong-{}"):
-        ipdpp, uniform, everything = (name.format(sampling) for sampling in ("ipdpp", "uniform", "all"))
-        table[ipdpp] = 3, STRONG
-        table[uniform] = 3, f"{STRONG} {UNIFORM}"
-        table[everything] = 3, f"{STRONG} {ALL} --epochs {epochs('all')}"
-        for variant in (ipdpp, uniform, everything):
-            table[f"{variant}-adjusted_loss"] = 3, f"{table[variant][1]} --loss logit_adjusted"
-        for number in numbers:
-            fewer = f"{STRONG} --num_samples {number} --epochs {epochs(number)}"
-            table[f"{ipdpp}-n{number}"] = 3, fewer
-            table[f"{uniform}-n{number}"] = 3, f"{fewer} {UNIFORM}"
-        for lr in ("0.03", "0.01", "0.003"):
-            table[f"{ipdpp}-lr{lr}"] = 3, f"{STRONG} --lr {lr}"
-            table[f"{uniform}-lr{lr}"] = 3, f"{STRONG} --lr {lr} {UNIFORM}"
+    strong = ("bns-{}-strong", "strong-{}", "bns_strong-{}")
+    for name in strong:
+        for sampling, flags in ("ipdpp", ""), ("uniform", UNIFORM), ("all", f"{ALL} --epochs {epochs('all')}"):
+            variant = name.format(sampling)
+            table[variant] = 3, f"{STRONG} {flags}"
+            table[f"{variant}-adjusted_loss"] = 3, f"{STRONG} {flags} --loss logit_adjusted"
+    # By both recipes: how many images to keep of a class, at the same number of images seen; and the learning rate.
+    for name in ("bns-{}", *strong):
+        recipe, rates = (STRONG, ("0.003", "0.01", "0.03")) if name in strong else ("", ("0.00025", "0.001"))
+        for sampling, flags in ("ipdpp", ""), ("uniform", UNIFORM):
+            for images in {"cifar10": (100, 200, 1000), "cifar100": (10, 20, 100)}[dataset]:
+                fewer = f"--num_samples {images} --epochs {epochs(images)}"
+                table[f"{name.format(sampling)}-n{images}"] = 3, f"{recipe} {fewer} {flags}"
+            for lr in rates:
+                table[f"{name.format(sampling)}-lr{lr}"] = 3, f"{recipe} --lr {lr} {flags}"
+    for lr in ("0.00025", "0.001"):
+        table[f"scratch-uniform-lr{lr}"] = 2, f"--lr {lr} {UNIFORM}"
     return table
 
 
-def epochs_for(number, dataset, factor):
-    """Epochs on at most `number` images of a class, or "all", that see as many images as 100 epochs of stage 2."""
+def epochs_for(images, dataset, factor):
+    """Epochs on at most `images` of a class, or "all", that see as many images as 100 epochs of stage 2."""
     classes, largest, own = {"cifar10": (10, 5000, 500), "cifar100": (100, 500, 50)}[dataset]
     counts = long_tailed_counts(classes, largest, factor)
-    seen = counts if number == "all" else counts.clip(max=number)
+    seen = counts if images == "all" else counts.clip(max=images)
     return round(100 * counts.clip(max=own).sum() / seen.sum())
 
 
@@ -125,31 +116,29 @@ def plan(args):
     """
     given = re.findall(r"--epochs (\d+)", args.stage1_flags)
     table = variants(args.dataset, args.imbalanced_factor, int(given[-1]) if given else 1000)
-    runs, matched = [], set()
+    runs = []
     for variant, (number, flags) in table.items():
         for seed in [0] if is_stage1(variant) else args.seeds[:number]:
-            name = f"{variant}-seed{seed}"
-            patterns = {pattern for pattern in args.runs
-                        if fnmatchcase(variant, pattern) or fnmatchcase(name, pattern)}
-            matched |= patterns
-            if patterns:
-                encoder = encoder_file(variant, table, args)
+            name, encoder = f"{variant}-seed{seed}", encoder_file(variant, table, args)
+            if any(fits(name, pattern) for pattern in args.runs):
                 runs.append(Run(name, words_of(variant, seed, flags.split(), encoder, args), encoder))
     for pattern in args.runs:
-        if pattern not in matched:
+        if not any(fits(run.name, pattern) for run in runs):
             raise SystemExit(f"--runs: found '{pattern}', expected some of: {' '.join(table)}")
     return runs
 
 
+def fits(name, pattern):
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("-seed")[0], pattern)
+
+
 def words_of(variant, seed, flags, encoder, args):
     """The command of a run, as words. Where a flag comes twice, the variant's own wins over that of the options."""
-    seed = ["--seed", str(seed)]
+    words = [f"main_{args.dataset}_{stage_of(variant)}.py", "--imbalanced_factor", f"{args.imbalanced_factor:g}"]
     if is_stage1(variant):
-        flags = [*seed, *args.stage1_flags.split(), *flags]
+        words += [*args.flags, "--seed", str(seed), *args.stage1_flags.split(), *flags]
     else:
-        flags = ["--eval_freq", "10", *args.later_flags.split(), *flags, *seed]
-    common = ["--imbalanced_factor", f"{args.imbalanced_factor:g}", *args.flags]
-    words = [f"main_{args.dataset}_{stage_of(variant)}.py", *common, *flags]
+        words += [*args.flags, "--eval_freq", "10", *args.later_flags.split(), *flags, "--seed", str(seed)]
     if encoder is None:
         return [*words, "--resume", "auto"]
     if "pretrain_bns" in encoder:
@@ -158,7 +147,10 @@ def words_of(variant, seed, flags, encoder, args):
 
 
 def encoder_file(variant, table, args):
-    """The final file of a variant's encoder, below the folder of the checkpoints, or None."""
+    """The final file of a variant's encoder, below the folder of the checkpoints, or None.
+
+    An encoder is trained once: that of stage 1 with seed 0, another with seed 42.
+    """
     encoder = encoder_of(variant, table)
     if encoder is None:
         return None
@@ -179,54 +171,46 @@ def train(run, args):
         SystemExit: the run was stopped or failed, or it was begun with other flags.
     """
     checkpoints = Path(f"{args.out}/{args.results}")
-    folder, began_file = checkpoints / run.name, checkpoints / f"{run.name}.began"
-    command, log = " ".join(run.words), folder / "log.txt"
+    folder, finished = checkpoints / run.name, args.results / f"{run.name}.txt"
     with open(checkpoints / f"{run.name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{run.name}: passed over: under way elsewhere")
             return
-        if began_file.exists():
-            note_killed_part(run.name, began_file, log, args)
+        note_killed_part(run, folder, args)
         noted = last_command(run.name, args)
-        if noted and noted != command:
+        if noted not in (None, " ".join(run.words)):
             raise SystemExit(f"{run.name} was run with other flags; expected the same ones, or another folder: {noted}")
-        if (args.results / f"{run.name}.txt").exists():
-            return
-        if run.encoder and not (checkpoints / run.encoder).exists():
+        if run.encoder and not (checkpoints / run.encoder).exists() and not finished.exists():
             print(f"{run.name}: passed over: no {checkpoints / run.encoder}")
-            return
-
-        where = f"{args.hardware}, commit {commit()}"
-        began_file.write_text(f"{time.time():.0f}\n{where}\n{command}\n")
-        words = [str(checkpoints / word) if word == run.encoder else word for word in run.words]
-        words += ["--data_root", args.data_root, "--output_dir", str(folder)]
-        print(f"+ {command}", flush=True)
-        code, seconds = call([sys.executable, ROOT / words[0], *words[1:]], lock, args.hardware)
-        began_file.unlink()
-        if log.exists():  # else it was a wrong flag, say, and nothing was trained
-            note(run.name, command, seconds, where + (", stopped" if code else ""), args)
-        if code:
-            raise SystemExit(code)
-        copy = args.results / f".{run.name}.copy"
-        copy.write_bytes(log.read_bytes())
-        copy.rename(args.results / f"{run.name}.txt")  # never half of it
+        elif not finished.exists():
+            words = [str(checkpoints / word) if word == run.encoder else word for word in run.words]
+            words += ["--data_root", args.data_root, "--output_dir", str(folder)]
+            do(run, [sys.executable, ROOT / words[0], *words[1:]], folder, lock, args)
+            copy = args.results / f".{run.name}.copy"
+            copy.write_bytes((folder / "log.txt").read_bytes())
+            copy.rename(finished)  # never half of it
 
 
-def call(words, lock, hardware):
-    """Run a command. Returns its exit status, and the seconds that it computed, or those that passed on no CPU core.
-
-    It holds the lock too, should it outlive this script.
-    """
-    began, computed_before = time.time(), computed()
-    process = subprocess.Popen(words, pass_fds=[lock.fileno()])
+def do(run, words, folder, lock, args):
+    """Do a part of a run, and note what it cost. Raises SystemExit if that was not the last."""
+    print(f"+ {' '.join(run.words)}", flush=True)
+    began, computed_before, where = time.time(), computed(), f"{args.hardware}, commit {commit()}"
+    began_file = folder.with_name(f"{run.name}.began")
+    began_file.write_text(f"{began:.0f}\n{where}\n{' '.join(run.words)}\n")
+    process = subprocess.Popen(words, pass_fds=[lock.fileno()])  # which holds the lock, should it outlive this script
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends Ctrl-C to the run too, which saves and leaves
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     code = process.wait()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return code, computed() - computed_before if hardware.endswith(" core") else time.time() - began
+    seconds = computed() - computed_before if args.hardware.endswith(" core") else time.time() - began
+    began_file.unlink()
+    if (folder / "log.txt").exists():  # else it was a wrong flag, say, and nothing was trained
+        note(run.name, " ".join(run.words), seconds, where + (", stopped" if code else ""), args)
+    if code:
+        raise SystemExit(code)
 
 
 def computed():
@@ -235,12 +219,14 @@ def computed():
     return usage.ru_utime + usage.ru_stime
 
 
-def note_killed_part(name, began_file, log, args):
+def note_killed_part(run, folder, args):
     """Note a part that was killed together with this script. It ended, as far as is known, with its log's last line."""
-    began, where, command = began_file.read_text().splitlines()
-    if log.exists() and log.stat().st_mtime > float(began):
-        note(name, command, log.stat().st_mtime - float(began), f"{where}, stopped", args)
-    began_file.unlink()
+    began_file, log = folder.with_name(f"{run.name}.began"), folder / "log.txt"
+    if began_file.exists():
+        began, where, command = began_file.read_text().splitlines()
+        if log.exists() and log.stat().st_mtime > float(began):
+            note(run.name, command, log.stat().st_mtime - float(began), f"{where}, stopped", args)
+        began_file.unlink()
 
 
 def note(name, command, seconds, where, args):
@@ -270,15 +256,14 @@ def get_args_parser():
     parser.add_argument("data_root", help="folder that holds CIFAR")
     parser.add_argument("results", type=Path, help="folder for logs and `commands`")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags for every script")
-    option = parser.add_argument
-    option("--runs", type=str.split, default=CORE, help="patterns of variants or runs, such as 'bns-* *-seed42'")
-    option("--seeds", type=str.split, default="42 43 44", help="of all but stage 1; some variants take only the first "
-           "or the first two")
-    option("--imbalanced_factor", type=float, default=100)
-    option("--stage1_flags", default="", help="such as '--epochs 200'; else stage 1 is the paper's")
-    option("--later_flags", default="", help="of every later stage, such as '--eval_freq 5 --lr 0.001'")
-    option("--hardware", default="1 core", help="of a run, for its cost, such as '1 H100'")
-    option("--out", default="output_dir", help="folder for checkpoints")
+    parser.add_argument("--runs", type=str.split, default=CORE, help="patterns, such as 'bns-* scratch-strong-seed42'")
+    parser.add_argument("--seeds", type=str.split, default="42 43 44", help="of all but stage 1; some variants take "
+                        "the first or the first two")
+    parser.add_argument("--imbalanced_factor", type=float, default=100)
+    parser.add_argument("--stage1_flags", default="", help="such as '--epochs 200'; else stage 1 is the paper's")
+    parser.add_argument("--later_flags", default="", help="of all later stages, such as '--lr 0.001 --amp none'")
+    parser.add_argument("--hardware", default="1 core", help="of a run, for its cost, such as '1 H100'")
+    parser.add_argument("--out", default="output_dir", help="folder for checkpoints")
     return parser
 
 
@@ -288,7 +273,8 @@ def main(args):
         folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
         train(run, args)
-    tables.write(args.results)
+    if any(args.results.glob("*-seed*.txt")):
+        tables.write(args.results)
 
 
 if __name__ == "__main__":
