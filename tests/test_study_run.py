@@ -37,7 +37,8 @@ def parse(*words):
 
 def commands(*options, dataset="cifar10"):
     """Dict from the names of the runs that the options ask for to their commands."""
-    return {run.name: " ".join(run.words) for run in study_run.plan(parse(*options, dataset, "data", "results"))}
+    plan = study_run.plan(parse(*options, dataset, "data", "results"))
+    return {name: " ".join(words) for name, words in plan.items()}
 
 
 def flag(name, command):
@@ -79,7 +80,7 @@ def test_commands_are_those_of_the_runs_that_are_there(folder):
     noted = dict(PART.fullmatch(line).groups()[:2] for line in (folder / "commands").read_text().splitlines())
     args = parse("--runs", "*", "--stage1_flags", "--epochs 200", "--later_flags", "--lr 1e-3",
                  folder.name.split("_")[0], "data", folder, "--model", "cifar_resnet32")
-    ours = {run.name: " ".join(run.words) for run in study_run.plan(args)}
+    ours = {name: " ".join(words) for name, words in study_run.plan(args).items()}
     assert noted and {name: ours[name] for name in noted} == noted
 
 

@@ -29,26 +29,19 @@ def draw(study):
 
 
 def draw_accuracy(study, path):
-    """Accuracy over images seen, in a band from the lowest to the highest run; last epoch: mean and deviation."""
-    figure, axes = panels(3)
-    axes[0].set(xscale="log", xlabel="images seen in this stage", ylabel="overall test accuracy, %", title="plain")
-    axes[1].set(xscale="log", xlabel="images seen in this stage", title="logit-adjusted")
-    axes[1].sharey(axes[0])
-    axes[2].set(xlabel="overall test accuracy, %", title="last epoch: plain (dots), adjusted (triangles)")
-    axes[2].set_yticks(range(len(study.later)), [
-        f"{variant}, {count(study.images_before(variant) + study.images(variant)[-1])}" for variant in study.later])
-    axes[2].invert_yaxis()
-    for number, variant in enumerate(study.later):
-        colour, images, before = colour_of(number), study.images(variant), study.images_before(variant)
-        label = f"{variant}, after {count(before)} before" if before else variant
-        for panel, kind, marker in zip(axes[:2], (PLAIN, ADJUSTED), "o^", strict=True):
+    """Accuracy over the images seen, in a band from the lowest to the highest run."""
+    figure, axes = panels(2, sharey=True)
+    axes[0].set_ylabel("overall test accuracy, %")
+    for panel, kind, title in zip(axes, (PLAIN, ADJUSTED), ("plain", "logit-adjusted"), strict=True):
+        panel.set(xscale="log", xlabel="images seen in this stage", title=title)
+        for number, variant in enumerate(study.later):
+            colour, images, before = colour_of(number), study.images(variant), study.images_before(variant)
+            label = f"{variant}, after {count(before)}" if before else variant
             curves = study.curves(variant, "overall", kind)
             shown = ~np.isnan(curves).any(axis=0)  # epochs in which all runs were evaluated
             panel.plot(images[shown], curves[:, shown].mean(axis=0), ".-", color=colour, label=label)
             panel.fill_between(images[shown], curves[:, shown].min(axis=0), curves[:, shown].max(axis=0),
                                color=colour, alpha=0.15, linewidth=0)
-            deviation = curves[:, -1].std(ddof=1) if len(curves) > 1 else 0
-            axes[2].errorbar(curves[:, -1].mean(), number, xerr=deviation, fmt=marker, color=colour)
     save(figure, path)
 
 
@@ -59,7 +52,7 @@ def draw_cost(study, path):
     """
     costs = {variant: study.cost(variant) for variant in study.later}
     hardware, _ = Counter(tuple(cost) for cost in costs.values()).most_common(1)[0]
-    figure, (panel,) = panels(1, size=(9, 6.5))
+    figure, (panel,) = panels(1, width=9)
     panel.set(xscale="log", xlabel=f"{' + '.join(hardware)}-hours", ylabel="overall test accuracy, %",
               title="last epoch: plain (dots), adjusted (triangles)")
     for number, (variant, cost) in enumerate(costs.items()):
@@ -72,7 +65,7 @@ def draw_cost(study, path):
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter("{x:g}")
     panel.margins(y=0.08)
-    dataset = re.search(r"(cifar\d+)_if100(?!\d)", study.folder.name)
+    dataset = re.search(r"(cifar\d+)_if100_resnet32", study.folder.name)
     if dataset:
         for name, figures in FIELD.items():
             published = figures[dataset[1] == "cifar100"]
@@ -132,8 +125,8 @@ def colour_of(number):
     return colormaps["tab20"](number % 20)
 
 
-def panels(number, size=None, **options):
-    figure = Figure(size or (5 * number, 4.5), dpi=110, layout="constrained")
+def panels(number, width=5, **options):
+    figure = Figure((width * number, 5), dpi=110, layout="constrained")
     axes = figure.subplots(1, number, squeeze=False, **options)[0]
     for panel in axes:
         panel.grid(alpha=0.3)

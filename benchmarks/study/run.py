@@ -6,9 +6,9 @@ What follows the results folder are flags for every script. Give the command aga
 repeated, and a stopped one continues after its last checkpoint. Several may work at once, for example one per core: a
 run that is under way elsewhere is passed over, and so is one whose encoder is missing.
 
-The results folder gets the log of each finished run, VARIANT-seed<number>.txt, and in `commands` a line per part of a
-run: its command, seconds, hardware and git commit. On CPU cores these are the seconds that it computed, else those that
-passed. Then tables.py writes the folder's README.md. Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
+The results folder gets the log of each finished run, VARIANT-seed<number>.txt, a README.md with all tables, and in
+`commands` a line per part of a run: its command, seconds (on CPU cores those that it computed), hardware and commit.
+Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
 
 To add a variant, add a line to `variants` below. benchmarks/study/logs.py says what its name means.
 """
@@ -22,7 +22,6 @@ import sys
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -102,60 +101,39 @@ def epochs_for(images, dataset, factor):
     return round(100 * counts.clip(max=own).sum() / seen.sum())
 
 
-class Run(NamedTuple):
-    name: str  # VARIANT-seed<number>
-    words: list[str]  # of its command, without this machine's paths
-    encoder: str | None  # the word that names the file of its encoder
-
-
 def plan(args):
-    """The runs that the options ask for, a list in the order of `variants`.
+    """The runs that the options ask for, a dict from VARIANT-seed<number> to the words of its command.
 
-    Raises:
-        SystemExit: a pattern of --runs matches no run.
+    Where a flag comes twice, the variant's own wins over that of the options. An encoder is named by its final file
+    below the folder of checkpoints. It is trained once: that of stage 1 with seed 0, another with seed 42.
     """
     given = re.findall(r"--epochs (\d+)", args.stage1_flags)
     table = variants(args.dataset, args.imbalanced_factor, int(given[-1]) if given else 1000)
-    runs = []
-    for variant, (number, flags) in table.items():
-        for seed in [0] if is_stage1(variant) else args.seeds[:number]:
-            name, encoder = f"{variant}-seed{seed}", encoder_file(variant, table, args)
-            if any(fits(name, pattern) for pattern in args.runs):
-                runs.append(Run(name, words_of(variant, seed, flags.split(), encoder, args), encoder))
+    factor, runs = f"{args.imbalanced_factor:g}", {}
+    for variant, (number, own) in table.items():
+        encoder = encoder_of(variant, table)
+        if encoder is None:
+            start = ["--resume", "auto"]
+        elif is_stage1(encoder):
+            start = ["--resume", "auto", f"{encoder}-seed0/pretrain_bns_{args.dataset}_if{factor}.pth"]
+        else:  # --resume would continue that run
+            start = ["--encoder", f"{encoder}-seed42/{stage_of(encoder)}_{args.dataset}_if{factor}.pth",
+                     "--resume", "auto"]
+        for seed in ["0"] if is_stage1(variant) else args.seeds[:number]:
+            if is_stage1(variant):
+                flags = ["--seed", seed, *args.stage1_flags.split(), *own.split()]
+            else:
+                flags = ["--eval_freq", "10", *args.later_flags.split(), *own.split(), "--seed", seed]
+            runs[f"{variant}-seed{seed}"] = [f"main_{args.dataset}_{stage_of(variant)}.py", "--imbalanced_factor",
+                                             factor, *args.flags, *flags, *start]
     for pattern in args.runs:
-        if not any(fits(run.name, pattern) for run in runs):
+        if not any(fits(name, pattern) for name in runs):
             raise SystemExit(f"--runs: found '{pattern}', expected some of: {' '.join(table)}")
-    return runs
+    return {name: words for name, words in runs.items() if any(fits(name, pattern) for pattern in args.runs)}
 
 
 def fits(name, pattern):
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("-seed")[0], pattern)
-
-
-def words_of(variant, seed, flags, encoder, args):
-    """The command of a run, as words. Where a flag comes twice, the variant's own wins over that of the options."""
-    words = [f"main_{args.dataset}_{stage_of(variant)}.py", "--imbalanced_factor", f"{args.imbalanced_factor:g}"]
-    if is_stage1(variant):
-        words += [*args.flags, "--seed", str(seed), *args.stage1_flags.split(), *flags]
-    else:
-        words += [*args.flags, "--eval_freq", "10", *args.later_flags.split(), *flags, "--seed", str(seed)]
-    if encoder is None:
-        return [*words, "--resume", "auto"]
-    if "pretrain_bns" in encoder:
-        return [*words, "--resume", "auto", encoder]
-    return [*words, "--encoder", encoder, "--resume", "auto"]  # --resume would continue that run, of the same stage
-
-
-def encoder_file(variant, table, args):
-    """The final file of a variant's encoder, below the folder of the checkpoints, or None.
-
-    An encoder is trained once: that of stage 1 with seed 0, another with seed 42.
-    """
-    encoder = encoder_of(variant, table)
-    if encoder is None:
-        return None
-    seed = 0 if is_stage1(encoder) else 42
-    return f"{encoder}-seed{seed}/{stage_of(encoder)}_{args.dataset}_if{args.imbalanced_factor:g}.pth"
 
 
 def stage_of(variant):
@@ -164,53 +142,59 @@ def stage_of(variant):
     return "lineprob_bns" if variant.endswith("-probe") else "finetune_ipdpp"
 
 
-def train(run, args):
+def train(name, words, args):
     """Train a run until it is over, from where an earlier part of it stopped.
 
     Raises:
         SystemExit: the run was stopped or failed, or it was begun with other flags.
     """
-    checkpoints = Path(f"{args.out}/{args.results}")
-    folder, finished = checkpoints / run.name, args.results / f"{run.name}.txt"
-    with open(checkpoints / f"{run.name}.lock", "w") as lock:
+    checkpoints = checkpoints_of(args)
+    log, finished, command = checkpoints / name / "log.txt", args.results / f"{name}.txt", " ".join(words)
+    with open(checkpoints / f"{name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{run.name}: passed over: under way elsewhere")
+            return print(f"{name}: passed over: under way elsewhere")
+        note_killed_part(name, checkpoints / f"{name}.began", log, args)
+        noted = last_command(name, args)
+        if noted not in (None, command):
+            raise SystemExit(f"{name} was run with other flags; expected the same ones, or another folder: {noted}")
+        if finished.exists():
             return
-        note_killed_part(run, folder, args)
-        noted = last_command(run.name, args)
-        if noted not in (None, " ".join(run.words)):
-            raise SystemExit(f"{run.name} was run with other flags; expected the same ones, or another folder: {noted}")
-        if run.encoder and not (checkpoints / run.encoder).exists() and not finished.exists():
-            print(f"{run.name}: passed over: no {checkpoints / run.encoder}")
-        elif not finished.exists():
-            words = [str(checkpoints / word) if word == run.encoder else word for word in run.words]
-            words += ["--data_root", args.data_root, "--output_dir", str(folder)]
-            do(run, [sys.executable, ROOT / words[0], *words[1:]], folder, lock, args)
-            copy = args.results / f".{run.name}.copy"
-            copy.write_bytes((folder / "log.txt").read_bytes())
-            copy.rename(finished)  # never half of it
+        words = [str(checkpoints / word) if word.endswith(".pth") else word for word in words]
+        missing = [word for word in words if word.endswith(".pth") and not Path(word).exists()]
+        if missing:
+            return print(f"{name}: passed over: no {missing[0]}")
+
+        print(f"+ {command}", flush=True)
+        began, computed_before, where = time.time(), computed(), f"{args.hardware}, commit {commit()}"
+        (checkpoints / f"{name}.began").write_text(f"{began:.0f}\n{where}\n{command}\n")
+        words += ["--data_root", args.data_root, "--output_dir", str(log.parent)]
+        code = call([sys.executable, ROOT / words[0], *words[1:]], lock)
+        seconds = computed() - computed_before if args.hardware.endswith(" core") else time.time() - began
+        (checkpoints / f"{name}.began").unlink()
+        if log.exists():  # else it was a wrong flag, say, and nothing was trained
+            note(name, command, seconds, where + (", stopped" if code else ""), args)
+        if code:
+            raise SystemExit(code)
+        copy = args.results / f".{name}.copy"
+        copy.write_bytes(log.read_bytes())
+        copy.rename(finished)  # never half of it
 
 
-def do(run, words, folder, lock, args):
-    """Do a part of a run, and note what it cost. Raises SystemExit if that was not the last."""
-    print(f"+ {' '.join(run.words)}", flush=True)
-    began, computed_before, where = time.time(), computed(), f"{args.hardware}, commit {commit()}"
-    began_file = folder.with_name(f"{run.name}.began")
-    began_file.write_text(f"{began:.0f}\n{where}\n{' '.join(run.words)}\n")
-    process = subprocess.Popen(words, pass_fds=[lock.fileno()])  # which holds the lock, should it outlive this script
+def checkpoints_of(args):
+    return Path(f"output_dir/{args.results}")
+
+
+def call(words, lock):
+    """Run a command, which holds the lock too, should it outlive this script. Returns its exit status."""
+    process = subprocess.Popen(words, pass_fds=[lock.fileno()])
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends Ctrl-C to the run too, which saves and leaves
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     code = process.wait()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    seconds = computed() - computed_before if args.hardware.endswith(" core") else time.time() - began
-    began_file.unlink()
-    if (folder / "log.txt").exists():  # else it was a wrong flag, say, and nothing was trained
-        note(run.name, " ".join(run.words), seconds, where + (", stopped" if code else ""), args)
-    if code:
-        raise SystemExit(code)
+    return code
 
 
 def computed():
@@ -219,27 +203,26 @@ def computed():
     return usage.ru_utime + usage.ru_stime
 
 
-def note_killed_part(run, folder, args):
-    """Note a part that was killed together with this script. It ended, as far as is known, with its log's last line."""
-    began_file, log = folder.with_name(f"{run.name}.began"), folder / "log.txt"
-    if began_file.exists():
-        began, where, command = began_file.read_text().splitlines()
-        if log.exists() and log.stat().st_mtime > float(began):
-            note(run.name, command, log.stat().st_mtime - float(began), f"{where}, stopped", args)
-        began_file.unlink()
-
-
 def note(name, command, seconds, where, args):
     with open(args.results / "commands", "a") as file:
         file.write(f"{name}: {command} ({seconds:.0f} s on {where})\n")
+
+
+def note_killed_part(name, began_file, log, args):
+    """Note a part that was killed together with this script. It ended, as far as is known, with its log's last line."""
+    if began_file.exists():
+        began, where, command = began_file.read_text().splitlines()
+        if log.exists() and log.stat().st_mtime > float(began):
+            note(name, command, log.stat().st_mtime - float(began), f"{where}, stopped", args)
+        began_file.unlink()
 
 
 def last_command(name, args):
     """The command of a run's latest part, or None."""
     path = args.results / "commands"
     lines = path.read_text().splitlines() if path.exists() else []
-    found = [line for line in lines if line.startswith(f"{name}: ")]
-    return found[-1].removeprefix(f"{name}: ").rpartition(" (")[0] if found else None
+    commands = [line.partition(": ")[2].rpartition(" (")[0] for line in lines if line.startswith(f"{name}: ")]
+    return commands[-1] if commands else None
 
 
 def commit():
@@ -263,16 +246,15 @@ def get_args_parser():
     parser.add_argument("--stage1_flags", default="", help="such as '--epochs 200'; else stage 1 is the paper's")
     parser.add_argument("--later_flags", default="", help="of all later stages, such as '--lr 0.001 --amp none'")
     parser.add_argument("--hardware", default="1 core", help="of a run, for its cost, such as '1 H100'")
-    parser.add_argument("--out", default="output_dir", help="folder for checkpoints")
     return parser
 
 
 def main(args):
     runs = plan(args)
-    for folder in (args.results, Path(f"{args.out}/{args.results}")):
-        folder.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        train(run, args)
+    args.results.mkdir(parents=True, exist_ok=True)
+    checkpoints_of(args).mkdir(parents=True, exist_ok=True)
+    for name, words in runs.items():
+        train(name, words, args)
     if any(args.results.glob("*-seed*.txt")):
         tables.write(args.results)
 
