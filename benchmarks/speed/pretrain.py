@@ -3,10 +3,9 @@
     python benchmarks/speed/pretrain.py [--stage 2] [--data_root FOLDER_OF_CIFAR-10] [--amp float16] [--compile]
 
 Ours is main_cifar10_pretrain_bns.py itself, stopped after some steps (stage 2: main_cifar10_finetune_ipdpp.py on all
-images). The plain pipeline is what the method is usually written as: torchvision's transforms on PIL images in loader
-workers, contiguous float32 (float16 on CUDA), the loss broadcast to (2N, 2N, D), AdamW, the loss read in every step.
-Times are medians of several blocks of steps, after a first one. Peak memory is that of a pipeline with its data,
-without the workers'.
+images). The plain pipeline is what is usually written: torchvision's transforms on PIL images in loader workers,
+contiguous float32 (float16 on CUDA), the loss broadcast to (2N, 2N, D), AdamW, the loss read in every step. Times are
+medians of several blocks of steps, after a first one. Memory is that of a pipeline with its data, without the workers'.
 """
 import argparse
 import itertools
@@ -29,7 +28,7 @@ import main_cifar10_finetune_ipdpp  # noqa: E402
 import main_cifar10_pretrain_bns  # noqa: E402
 from benchmarks.speed.augment import PIL_PIPELINES, load_pixels  # noqa: E402
 from benchmarks.speed.bns_loss import broadcast_loss  # noqa: E402
-from benchmarks.speed.timer import PeakMemory, median_seconds, wait  # noqa: E402
+from benchmarks.speed.timer import PeakMemory, median_seconds  # noqa: E402
 from models import BNSNetwork, Classifier, create_encoder  # noqa: E402
 
 
@@ -110,32 +109,27 @@ def plain(options, measure):
     return measure(train)
 
 
-def profile(options):
-    """Print torch.profiler's table of a block of our steps."""
-    def measure(train):
+def main(options):
+    def time_of_a_step(train):
+        return median_seconds(train, options.blocks, options.device, clock=time.perf_counter) / options.steps
+
+    def profile(train):
         train()
         with torch.profiler.profile(acc_events=True) as profiler:
             train()
-            wait(options.device)
         return profiler.key_averages()
 
-    averages = ours(options, measure)
-    print(averages.table(sort_by=f"self_{options.device}_time_total", row_limit=25, max_name_column_width=60))
-
-
-def compare(options):
-    """Print time and memory of both pipelines."""
-    def measure(train):
-        return median_seconds(train, options.blocks, options.device, clock=time.perf_counter) / options.steps
-
-    views, seconds = {1: 2, 2: 1}[options.stage] * options.batch_size, {}
+    if options.profile:
+        sort_by = f"self_{options.device}_time_total"
+        return print(ours(options, profile).table(sort_by, row_limit=25, max_name_column_width=60))
+    views, seconds = {1: 2, 2: 1}[options.stage] * options.batch_size, []
     print(f"{'':6} {'ms a step':>11} {'views/s':>10} {'peak MiB':>10}")
     for pipeline in (plain, ours):
         memory = PeakMemory(options.device)
-        seconds[pipeline] = pipeline(options, measure)
-        print(f"{pipeline.__name__:6} {seconds[pipeline] * 1e3:11,.1f} {views / seconds[pipeline]:10,.1f} "
+        seconds.append(pipeline(options, time_of_a_step))
+        print(f"{pipeline.__name__:6} {seconds[-1] * 1e3:11,.1f} {views / seconds[-1]:10,.1f} "
               f"{memory.bytes() / 2**20:10,.0f}", flush=True)
-    print(f"ours is {seconds[plain] / seconds[ours]:.1f} times as fast")
+    print(f"ours is {seconds[0] / seconds[1]:.1f} times as fast")
 
 
 if __name__ == "__main__":
@@ -154,4 +148,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.batch_size = options.batch_size or {1: 1024 if cuda else 512, 2: 64}[options.stage]
     options.steps = options.steps or {1: 10 if cuda else 1, 2: 64 if cuda else 16}[options.stage]
-    profile(options) if options.profile else compare(options)
+    main(options)

@@ -1,6 +1,7 @@
 """Time and memory, as the scripts beside this file measure them."""
 import ctypes
 import gc
+import re
 import time
 from pathlib import Path
 from statistics import median
@@ -11,23 +12,17 @@ import torch
 def median_seconds(function, runs, device="cpu", clock=None):
     """Median seconds of a call, after one call to warm up.
 
-    clock: unset, CPU time of this process on the CPU, so that other work on the machine counts less, and wall time on
-    CUDA.
+    clock: unset, CPU time of this process on the CPU, so that other work counts less, and wall time on CUDA.
     """
     clock = clock or (time.perf_counter if device == "cuda" else time.process_time)
     seconds = []
     for _ in range(runs + 1):
         begin = clock()
         function()
-        wait(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(clock() - begin)
     return median(seconds[1:])
-
-
-def wait(device):
-    """Until the device has done all that it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 class PeakMemory:
@@ -48,11 +43,8 @@ class PeakMemory:
             self.before = resident("VmRSS")
 
     def bytes(self):
-        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else resident("VmHWM")
-        return peak - self.before
+        return (torch.cuda.max_memory_allocated() if self.device == "cuda" else resident("VmHWM")) - self.before
 
 
 def resident(field):
-    """Bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

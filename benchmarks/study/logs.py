@@ -41,7 +41,7 @@ def traits(variant):
         if part in ("cross_entropy", "crop", "strong"):
             found["recipe"] = part
         elif part in ("ipdpp", "uniform", "all", "no_sampling", "probe"):
-            found["images"] = part
+            found["images"] = part.replace("no_sampling", "all")
         else:  # such as n100, lr0.01, e90
             found[re.sub(r"[\d.]+", "", part)] = part
     return found
@@ -55,28 +55,28 @@ def accuracy(record, group, kind):
     return np.nan if fraction is None else 100 * fraction
 
 
+def read_commands(folder):
+    """The parts of the runs of a folder, a list of matches of PART."""
+    path = folder / "commands"
+    return [PART.fullmatch(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 class Study:
     """The runs of a folder.
 
     Attributes:
         runs: dict from variant to dict from seed to the list of its epochs' records (dicts, as in log.txt).
         stages1, later: the variants that are a stage 1; the others, by falling accuracy.
-        commands, commits: dicts from a run's name to its command; to the commits of its parts, a list.
-        hours: dict from a run's name to a Counter of hours by hardware, "core" for those of a CPU core.
+        parts: dict from a run's name to its parts: matches of PART.
     """
 
     def __init__(self, folder):
-        self.folder = folder
-        self.runs, self.commands = defaultdict(dict), {}
-        self.commits, self.hours = defaultdict(list), defaultdict(Counter)
+        self.folder, self.runs, self.parts = folder, defaultdict(dict), defaultdict(list)
         for path in sorted(folder.glob("*-seed*.txt")):
             variant, _, seed = path.stem.rpartition("-seed")
             self.runs[variant][int(seed)] = [json.loads(line) for line in path.read_text().splitlines()]
-        for line in (folder / "commands").read_text().splitlines():
-            name, command, seconds, number, hardware, commit, _ = PART.fullmatch(line).groups()
-            self.commands[name] = command
-            self.commits[name] += [commit] if commit not in self.commits[name] else []
-            self.hours[name][hardware] += int(seconds) * int(number) / 3600
+        for part in read_commands(folder):
+            self.parts[part[1]].append(part)
         self.stages1 = [variant for variant in self.runs if is_stage1(variant)]
         self.later = sorted((variant for variant in self.runs if not is_stage1(variant)),
                             key=lambda variant: -self.last(variant, "overall").mean())
@@ -96,35 +96,33 @@ class Study:
         return self.curves(variant, group, kind)[:, -1]
 
     def images(self, variant):
-        """Images seen by the end of each epoch, mean of the runs, float (epochs,); without those of its encoder.
-
-        The two views of an image in stage 1 count as two.
-        """
+        """Images seen by the end of each epoch, mean of the runs, float (epochs,). Both views of stage 1 count."""
         views = 2 if is_stage1(variant) else 1
         per_epoch = [[record["train_images"] for record in records] for records in self.runs[variant].values()]
         return views * np.mean(np.cumsum(per_epoch, axis=1), axis=0)
 
-    def images_before(self, variant):
-        """Images that its encoder saw, and that encoder's own."""
+    def images_in_all(self, variant):
+        """Images seen by the end, those of its encoder included."""
         encoder = encoder_of(variant, self.runs)
-        return self.images_before(encoder) + self.images(encoder)[-1] if encoder else 0
+        return self.images(variant)[-1] + (self.images_in_all(encoder) if encoder else 0)
+
+    def hours(self, name):
+        """Hours of a run alone, a Counter by hardware: "core" for those of a CPU core."""
+        total = Counter()
+        for _, _, seconds, number, hardware, *_ in (part.groups() for part in self.parts[name]):
+            total[hardware] += int(seconds) * int(number) / 3600
+        return total
 
     def cost(self, variant):
-        """Mean hours of a run, a Counter by hardware, with those of its encoder, and that encoder's own."""
+        """Mean hours of a run, a Counter by hardware, those of its encoder included."""
         encoder = encoder_of(variant, self.runs)
         total = self.cost(encoder) if encoder else Counter()
         for seed in self.runs[variant]:
-            for hardware, hours in self.hours[f"{variant}-seed{seed}"].items():
+            for hardware, hours in self.hours(f"{variant}-seed{seed}").items():
                 total[hardware] += hours / len(self.runs[variant])
         return total
 
 
-def count(images):
-    """A number of images as text, such as 5.25 M."""
+def millions(images):
+    """A number of images as text, such as 5.25 M or 98 k."""
     return f"{images / 1e6:.2f} M" if images >= 1e6 else f"{images / 1e3:.0f} k"
-
-
-def hours(cost):
-    """Hours by hardware (dict) as text: of CPU cores, or followed by the name of other hardware."""
-    return " + ".join(f"{value:.2f}" if hardware == "core" else f"{value:.2f} {hardware}"
-                      for hardware, value in cost.items()) or "–"

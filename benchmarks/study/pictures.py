@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.study.logs import ADJUSTED, KNN, PLAIN, count
+from benchmarks.study.logs import ADJUSTED, KNN, PLAIN
 
 # ResNet-32 at imbalance factor 100, on CIFAR-10-LT and CIFAR-100-LT: figures of these papers, not of this project.
 FIELD = {
@@ -20,32 +20,30 @@ FIELD = {
 def draw(study):
     """Draw what there is to show, into the study's folder."""
     if study.later:
-        draw_accuracy(study, study.folder / "accuracy.png")
-        draw_cost(study, study.folder / "cost.png")
-    if study.records_with(KNN + "acc1"):
-        draw_neighbours(study, study.folder / "knn.png")
+        draw_accuracy(study)
+        draw_cost(study)
+    if study.stages1:
+        draw_neighbours(study)
     if study.records_with("drawn"):
-        draw_draws(study, study.folder / "draws.png")
+        draw_draws(study)
 
 
-def draw_accuracy(study, path):
-    """Accuracy over the images seen, in a band from the lowest to the highest run."""
+def draw_accuracy(study):
+    """Accuracy over the images seen in this stage, in a band from the lowest to the highest run."""
     figure, axes = panels(2, sharey=True)
     axes[0].set_ylabel("overall test accuracy, %")
     for panel, kind, title in zip(axes, (PLAIN, ADJUSTED), ("plain", "logit-adjusted"), strict=True):
         panel.set(xscale="log", xlabel="images seen in this stage", title=title)
         for number, variant in enumerate(study.later):
-            colour, images, before = colour_of(number), study.images(variant), study.images_before(variant)
-            label = f"{variant}, after {count(before)}" if before else variant
-            curves = study.curves(variant, "overall", kind)
+            curves, images = study.curves(variant, "overall", kind), study.images(variant)
             shown = ~np.isnan(curves).any(axis=0)  # epochs in which all runs were evaluated
-            panel.plot(images[shown], curves[:, shown].mean(axis=0), ".-", color=colour, label=label)
-            panel.fill_between(images[shown], curves[:, shown].min(axis=0), curves[:, shown].max(axis=0),
-                               color=colour, alpha=0.15, linewidth=0)
-    save(figure, path)
+            images, curves = images[shown], curves[:, shown]
+            panel.plot(images, curves.mean(axis=0), ".-", color=colour_of(number), label=variant)
+            panel.fill_between(images, curves.min(axis=0), curves.max(axis=0), color=colour_of(number), alpha=0.15)
+    save(figure, study.folder / "accuracy.png")
 
 
-def draw_cost(study, path):
+def draw_cost(study):
     """Accuracy at the last epoch over hours, those of the encoder included, beside published figures.
 
     Only runs on the hardware of most variants are shown: hours of another mean something else.
@@ -57,25 +55,24 @@ def draw_cost(study, path):
               title="last epoch: plain (dots), adjusted (triangles)")
     for number, (variant, cost) in enumerate(costs.items()):
         if tuple(cost) == hardware:
-            hours = sum(cost.values())
+            hours, colour = sum(cost.values()), colour_of(number)
             plain, adjusted = (study.last(variant, "overall", kind).mean() for kind in (PLAIN, ADJUSTED))
-            panel.plot([hours, hours], [plain, adjusted], ":", color=colour_of(number), linewidth=1)
-            panel.plot(hours, plain, "o", color=colour_of(number), label=variant)
-            panel.plot(hours, adjusted, "^", color=colour_of(number))
+            panel.plot([hours, hours], [plain, adjusted], ":", color=colour)
+            panel.plot(hours, plain, "o", color=colour, label=variant)
+            panel.plot(hours, adjusted, "^", color=colour)
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter("{x:g}")
-    panel.margins(y=0.08)
     dataset = re.search(r"(cifar\d+)_if100_resnet32", study.folder.name)
-    if dataset:
-        for name, figures in FIELD.items():
-            published = figures[dataset[1] == "cifar100"]
-            panel.axhline(published, color="grey", linewidth=1, linestyle="--")
-            panel.annotate(f"{name}: {published}", (0, published), (3, 3), xycoords=("axes fraction", "data"),
-                           textcoords="offset points", fontsize=7, color="grey")
-    save(figure, path)
+    for number, (name, figures) in enumerate(FIELD.items() if dataset else ()):
+        published = figures[dataset[1] == "cifar100"]
+        panel.axhline(published, color="grey", linewidth=1, linestyle="--")
+        panel.annotate(f"{name}: {published}", (0.02 + 0.3 * (number % 2), published + 0.2),
+                       xycoords=("axes fraction", "data"), fontsize=7, color="grey")
+    panel.margins(y=0.08)
+    save(figure, study.folder / "cost.png")
 
 
-def draw_neighbours(study, path):
+def draw_neighbours(study):
     figure, (panel,) = panels(1)
     panel.set(xlabel="epochs of stage 1", ylabel="kNN accuracy, %")
     for number, variant in enumerate(study.stages1):
@@ -84,10 +81,10 @@ def draw_neighbours(study, path):
             shown = ~np.isnan(curve)
             panel.plot(1 + np.flatnonzero(shown), curve[shown], ("o-", "^--", "s:")[number % 3], markersize=3,
                        color=f"C{colour}", label=f"{variant}, {group}")
-    save(figure, path)
+    save(figure, study.folder / "knn.png")
 
 
-def draw_draws(study, path):
+def draw_draws(study):
     """Mean p and margin of drawn and left images: means over the seeds and over the classes logged, the largest.
 
     The first draw is left out: its classifier is untrained, and its margins would hide all others.
@@ -97,28 +94,20 @@ def draw_draws(study, path):
     axes[1].set(ylabel="p: drawn minus left images")
     axes[2].set(ylabel="margin of the true label's logit")
     for variant in study.later:
-        if re.search(r"-n\d+$", variant):  # they would crowd it
+        values = defaultdict(list)
+        for record in (record for records in study.runs[variant].values() for record in records):
+            for draw in record.get("drawn", ()) if record["epoch"] > 0 else ():
+                names = ("drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin")
+                values[record["epoch"]].append([draw.get(name, np.nan) for name in names])
+        if not values or re.search(r"-n\d+", variant):  # those would crowd it
             continue
-        curves = curves_of_draws(study.runs[variant].values())
-        if not curves:
-            continue
-        colour, epochs = colour_of(len(axes[1].lines)), list(curves)
-        drawn_p, left_p, drawn_margin, left_margin = np.array(list(curves.values())).T
-        for panel, drawn, left in ((axes[0], drawn_p, left_p), (axes[2], drawn_margin, left_margin)):
+        epochs, colour = list(values), colour_of(len(axes[1].lines))
+        drawn_p, left_p, drawn_margin, left_margin = np.array([np.mean(rows, axis=0) for rows in values.values()]).T
+        for panel, drawn, left in (axes[0], drawn_p, left_p), (axes[2], drawn_margin, left_margin):
             panel.plot(epochs, drawn, ".-", color=colour, label=f"{variant}, drawn")
             panel.plot(epochs, left, ".--", color=colour, label=f"{variant}, left")
         axes[1].plot(epochs, drawn_p - left_p, ".-", color=colour)
-    save(figure, path)
-
-
-def curves_of_draws(runs):
-    """Dict from the epoch of a draw to the means of p of drawn and left images, and of their margins."""
-    values = defaultdict(list)
-    for record in (record for records in runs for record in records if record["epoch"] > 0):
-        for draw in record.get("drawn", ()):
-            values[record["epoch"]].append([draw.get(name, np.nan) for name in (
-                "drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin")])
-    return {epoch: np.mean(rows, axis=0) for epoch, rows in values.items()}
+    save(figure, study.folder / "draws.png")
 
 
 def colour_of(number):
@@ -137,4 +126,3 @@ def save(figure, path):
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path)
-    print(f"wrote {path}")

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks.study import tables  # noqa: E402
-from benchmarks.study.logs import encoder_of, is_stage1  # noqa: E402
+from benchmarks.study.logs import encoder_of, is_stage1, read_commands  # noqa: E402
 from util.imbalanced_cifar import long_tailed_counts  # noqa: E402
 
 CORE = "bns bns-probe bns-ipdpp bns-uniform bns-no_sampling scratch-uniform scratch-cross_entropy"
@@ -106,40 +106,35 @@ def plan(args):
 
     Where a flag comes twice, the variant's own wins over that of the options. An encoder is named by its final file
     below the folder of checkpoints. It is trained once: that of stage 1 with seed 0, another with seed 42.
+
+    Raises:
+        SystemExit: a pattern of --runs matches no run.
     """
     given = re.findall(r"--epochs (\d+)", args.stage1_flags)
     table = variants(args.dataset, args.imbalanced_factor, int(given[-1]) if given else 1000)
     factor, runs = f"{args.imbalanced_factor:g}", {}
-    for variant, (number, own) in table.items():
-        encoder = encoder_of(variant, table)
-        if encoder is None:
-            start = ["--resume", "auto"]
-        elif is_stage1(encoder):
-            start = ["--resume", "auto", f"{encoder}-seed0/pretrain_bns_{args.dataset}_if{factor}.pth"]
-        else:  # --resume would continue that run
-            start = ["--encoder", f"{encoder}-seed42/{stage_of(encoder)}_{args.dataset}_if{factor}.pth",
-                     "--resume", "auto"]
-        for seed in ["0"] if is_stage1(variant) else args.seeds[:number]:
-            if is_stage1(variant):
-                flags = ["--seed", seed, *args.stage1_flags.split(), *own.split()]
-            else:
-                flags = ["--eval_freq", "10", *args.later_flags.split(), *own.split(), "--seed", seed]
-            runs[f"{variant}-seed{seed}"] = [f"main_{args.dataset}_{stage_of(variant)}.py", "--imbalanced_factor",
-                                             factor, *args.flags, *flags, *start]
+    for variant, (number, flags) in table.items():
+        common = ["--imbalanced_factor", factor, *args.flags]
+        encoder, start = encoder_of(variant, table), ["--resume", "auto"]
+        if encoder and is_stage1(encoder):
+            start += [f"{encoder}-seed0/pretrain_bns_{args.dataset}_if{factor}.pth"]
+        elif encoder:  # --resume would continue that run
+            start = ["--encoder", f"{encoder}-seed42/finetune_ipdpp_{args.dataset}_if{factor}.pth", *start]
+        if is_stage1(variant):
+            own = ["--seed", "0", *args.stage1_flags.split(), *flags.split()]
+            runs[f"{variant}-seed0"] = [f"main_{args.dataset}_pretrain_bns.py", *common, *own, *start]
+            continue
+        stage = "lineprob_bns" if variant.endswith("-probe") else "finetune_ipdpp"
+        for seed in args.seeds[:number]:
+            own = ["--eval_freq", "10", *args.later_flags.split(), *flags.split(), "--seed", seed]
+            runs[f"{variant}-seed{seed}"] = [f"main_{args.dataset}_{stage}.py", *common, *own, *start]
+    chosen = set()
     for pattern in args.runs:
-        if not any(fits(name, pattern) for name in runs):
+        fitting = {name for name in runs if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}-seed*")}
+        if not fitting:
             raise SystemExit(f"--runs: found '{pattern}', expected some of: {' '.join(table)}")
-    return {name: words for name, words in runs.items() if any(fits(name, pattern) for pattern in args.runs)}
-
-
-def fits(name, pattern):
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("-seed")[0], pattern)
-
-
-def stage_of(variant):
-    if is_stage1(variant):
-        return "pretrain_bns"
-    return "lineprob_bns" if variant.endswith("-probe") else "finetune_ipdpp"
+        chosen |= fitting
+    return {name: words for name, words in runs.items() if name in chosen}
 
 
 def train(name, words, args):
@@ -148,31 +143,31 @@ def train(name, words, args):
     Raises:
         SystemExit: the run was stopped or failed, or it was begun with other flags.
     """
-    checkpoints = checkpoints_of(args)
-    log, finished, command = checkpoints / name / "log.txt", args.results / f"{name}.txt", " ".join(words)
-    with open(checkpoints / f"{name}.lock", "w") as lock:
+    log, finished = args.checkpoints / name / "log.txt", args.results / f"{name}.txt"
+    began_file, command = args.checkpoints / f"{name}.began", " ".join(words)
+    with open(args.checkpoints / f"{name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return print(f"{name}: passed over: under way elsewhere")
-        note_killed_part(name, checkpoints / f"{name}.began", log, args)
-        noted = last_command(name, args)
-        if noted not in (None, command):
-            raise SystemExit(f"{name} was run with other flags; expected the same ones, or another folder: {noted}")
+        if began_file.exists():
+            note_killed_part(name, began_file, log, args)
+        noted = [part[2] for part in read_commands(args.results) if part[1] == name]
+        if noted and noted[-1] != command:
+            raise SystemExit(f"{name} was run with other flags; expected the same, or another folder: {noted[-1]}")
         if finished.exists():
             return
-        words = [str(checkpoints / word) if word.endswith(".pth") else word for word in words]
+        words = [str(args.checkpoints / word) if word.endswith(".pth") else word for word in words]
         missing = [word for word in words if word.endswith(".pth") and not Path(word).exists()]
         if missing:
             return print(f"{name}: passed over: no {missing[0]}")
 
         print(f"+ {command}", flush=True)
-        began, computed_before, where = time.time(), computed(), f"{args.hardware}, commit {commit()}"
-        (checkpoints / f"{name}.began").write_text(f"{began:.0f}\n{where}\n{command}\n")
+        where = f"{args.hardware}, commit {commit()}"
+        began_file.write_text(f"{time.time():.0f}\n{where}\n{command}\n")
         words += ["--data_root", args.data_root, "--output_dir", str(log.parent)]
-        code = call([sys.executable, ROOT / words[0], *words[1:]], lock)
-        seconds = computed() - computed_before if args.hardware.endswith(" core") else time.time() - began
-        (checkpoints / f"{name}.began").unlink()
+        code, seconds = call([sys.executable, ROOT / words[0], *words[1:]], lock, args.hardware)
+        began_file.unlink()
         if log.exists():  # else it was a wrong flag, say, and nothing was trained
             note(name, command, seconds, where + (", stopped" if code else ""), args)
         if code:
@@ -182,25 +177,20 @@ def train(name, words, args):
         copy.rename(finished)  # never half of it
 
 
-def checkpoints_of(args):
-    return Path(f"output_dir/{args.results}")
+def call(words, lock, hardware):
+    """Run a command. Returns its exit status, and the seconds that it computed, or those that passed on no CPU core."""
+    def computed():
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
-
-def call(words, lock):
-    """Run a command, which holds the lock too, should it outlive this script. Returns its exit status."""
-    process = subprocess.Popen(words, pass_fds=[lock.fileno()])
+    clock = computed if hardware.endswith(" core") else time.time
+    began = clock()
+    process = subprocess.Popen(words, pass_fds=[lock.fileno()])  # which holds the lock, should it outlive this script
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends Ctrl-C to the run too, which saves and leaves
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     code = process.wait()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return code
-
-
-def computed():
-    """Seconds of CPU time of all that this script has waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return code, clock() - began
 
 
 def note(name, command, seconds, where, args):
@@ -210,19 +200,10 @@ def note(name, command, seconds, where, args):
 
 def note_killed_part(name, began_file, log, args):
     """Note a part that was killed together with this script. It ended, as far as is known, with its log's last line."""
-    if began_file.exists():
-        began, where, command = began_file.read_text().splitlines()
-        if log.exists() and log.stat().st_mtime > float(began):
-            note(name, command, log.stat().st_mtime - float(began), f"{where}, stopped", args)
-        began_file.unlink()
-
-
-def last_command(name, args):
-    """The command of a run's latest part, or None."""
-    path = args.results / "commands"
-    lines = path.read_text().splitlines() if path.exists() else []
-    commands = [line.partition(": ")[2].rpartition(" (")[0] for line in lines if line.startswith(f"{name}: ")]
-    return commands[-1] if commands else None
+    began, where, command = began_file.read_text().splitlines()
+    if log.exists() and log.stat().st_mtime > float(began):
+        note(name, command, log.stat().st_mtime - float(began), f"{where}, stopped", args)
+    began_file.unlink()
 
 
 def commit():
@@ -240,8 +221,7 @@ def get_args_parser():
     parser.add_argument("results", type=Path, help="folder for logs and `commands`")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags for every script")
     parser.add_argument("--runs", type=str.split, default=CORE, help="patterns, such as 'bns-* scratch-strong-seed42'")
-    parser.add_argument("--seeds", type=str.split, default="42 43 44", help="of all but stage 1; some variants take "
-                        "the first or the first two")
+    parser.add_argument("--seeds", type=str.split, default="42 43 44", help="of all but stage 1")
     parser.add_argument("--imbalanced_factor", type=float, default=100)
     parser.add_argument("--stage1_flags", default="", help="such as '--epochs 200'; else stage 1 is the paper's")
     parser.add_argument("--later_flags", default="", help="of all later stages, such as '--lr 0.001 --amp none'")
@@ -250,9 +230,9 @@ def get_args_parser():
 
 
 def main(args):
-    runs = plan(args)
+    runs, args.checkpoints = plan(args), Path(f"output_dir/{args.results}")
     args.results.mkdir(parents=True, exist_ok=True)
-    checkpoints_of(args).mkdir(parents=True, exist_ok=True)
+    args.checkpoints.mkdir(parents=True, exist_ok=True)
     for name, words in runs.items():
         train(name, words, args)
     if any(args.results.glob("*-seed*.txt")):

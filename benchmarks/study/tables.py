@@ -12,7 +12,7 @@ from scipy import stats  # dppy brings it
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.study import pictures  # noqa: E402
-from benchmarks.study.logs import ADJUSTED, KNN, PLAIN, Study, accuracy, count, hours, traits  # noqa: E402
+from benchmarks.study.logs import ADJUSTED, KNN, PLAIN, Study, accuracy, millions, traits  # noqa: E402
 
 GROUPS = ("many", "medium", "few", "overall")
 ABOUT = """\
@@ -55,73 +55,65 @@ def accuracies(study):
     rows = []
     for variant in study.later:
         cells = [mean_and_deviation(study.last(variant, group, kind)) for kind in (PLAIN, ADJUSTED) for group in GROUPS]
-        images = study.images_before(variant) + study.images(variant)[-1]
-        rows.append([variant, str(len(study.runs[variant])), *cells, count(images), hours(study.cost(variant))])
+        images, cost = millions(study.images_in_all(variant)), hours(study.cost(variant))
+        rows.append([variant, str(len(study.runs[variant])), *cells, images, cost])
     return markdown(["variant", "runs", *GROUPS, *(f"{group} adj." for group in GROUPS), "images", "core-hours"], rows)
 
 
 def differences(study):
     rows = []
     for ours, theirs in comparisons(study):
-        paired = traits(ours)["encoder"] == traits(theirs)["encoder"]
         kinds = [(PLAIN, PLAIN, "plain"), (ADJUSTED, ADJUSTED, "adjusted")]
         if "adjusted_loss" in ours and "adjusted_loss" not in theirs:  # that loss leaves nothing to adjust
             kinds = [(PLAIN, ADJUSTED, "plain against adjusted")]
-        for our_kind, their_kind, figures in kinds:
-            rows.append([f"{ours} against {theirs}", figures,
-                         *difference_cells(study, (ours, our_kind), (theirs, their_kind), paired)])
-    for variant in study.later:
-        rows.append([variant, "adjusted against plain",
-                     *difference_cells(study, (variant, ADJUSTED), (variant, PLAIN), paired=True)])
-    rows = [row for row in rows if set(row[3:]) != {"–"}]
-    return markdown(["difference", "figures", "runs", *GROUPS], rows)
+        rows += [difference(study, f"{ours} against {theirs}", figures, (ours, our_kind), (theirs, their_kind))
+                 for our_kind, their_kind, figures in kinds]
+    rows += [difference(study, variant, "adjusted against plain", (variant, ADJUSTED), (variant, PLAIN))
+             for variant in study.later]
+    return markdown(["difference", "figures", "runs", *GROUPS], [row for row in rows if set(row[3:]) != {"–"}])
 
 
 def comparisons(study):
     """Pairs of variants that are compared. The one with more in its name comes first, plain training last."""
+    def is_plain(variant):
+        return traits(variant)["encoder"] == "scratch" and "images" not in traits(variant)
+
     def order(variant):
         return is_plain(variant), -len(variant.split("-")), variant
 
-    wanted = []
+    pairs = []
     for ours in sorted(study.later, key=order):
-        wanted += [(ours, theirs) for theirs in study.later
-                   if order(ours) < order(theirs) and number_of_differences(traits(ours), traits(theirs)) == 1]
-        same_recipe = [theirs for theirs in study.later if is_plain(theirs) and not is_plain(ours) and all(
-            traits(ours).get(name) == traits(theirs).get(name) for name in ("recipe", "adjusted_loss"))]
-        if same_recipe:
-            nearest = min(same_recipe, key=lambda theirs: abs(total(study.cost(theirs)) - total(study.cost(ours))))
-            wanted += [(ours, nearest)]
-    return list(dict.fromkeys(wanted))
+        same_recipe = []
+        for theirs in study.later:
+            differ = {name for name in traits(ours) | traits(theirs)
+                      if traits(ours).get(name) != traits(theirs).get(name)}
+            if len(differ) == 1 and order(ours) < order(theirs):
+                pairs.append((ours, theirs))
+            if is_plain(theirs) and not is_plain(ours) and not differ & {"recipe", "adjusted_loss"}:
+                same_recipe.append(theirs)
+        distance = {theirs: abs(sum(study.cost(theirs).values()) - sum(study.cost(ours).values()))
+                    for theirs in same_recipe}
+        pairs += [(ours, min(distance, key=distance.get))] if distance else []
+    return list(dict.fromkeys(pairs))
 
 
-def is_plain(variant):
-    """Whether it is plain training: from scratch, on all images."""
-    return traits(variant)["encoder"] == "scratch" and "images" not in traits(variant)
-
-
-def number_of_differences(ours, theirs):
-    return sum(ours.get(name) != theirs.get(name) for name in ours | theirs)
-
-
-def total(cost):
-    return sum(cost.values())
-
-
-def difference_cells(study, ours, theirs, paired):
-    """Number of runs, and a difference per group. ours, theirs: (variant, PLAIN or ADJUSTED)."""
-    samples = [study.runs[variant] for variant, _ in (ours, theirs)]
+def difference(study, name, figures, ours, theirs):
+    """A row of the table of differences. ours, theirs: (variant, PLAIN or ADJUSTED)."""
+    our_runs, their_runs = study.runs[ours[0]], study.runs[theirs[0]]
+    paired = traits(ours[0])["encoder"] == traits(theirs[0])["encoder"]
+    number = f"{len(our_runs)} and {len(their_runs)}"
     if paired:
-        seeds = [seed for seed in samples[0] if seed in samples[1]]
-        samples = [{seed: sample[seed] for seed in seeds} for sample in samples]
+        seeds = [seed for seed in our_runs if seed in their_runs]
+        our_runs, their_runs = ({seed: runs[seed] for seed in seeds} for runs in (our_runs, their_runs))
         number = "1 pair" if len(seeds) == 1 else f"{len(seeds)} pairs"
-    else:
-        number = f"{len(samples[0])} and {len(samples[1])}"
     cells = []
     for group in GROUPS:
-        values = [[accuracy(records[-1], group, kind) for records in sample.values()]
-                  for sample, (_, kind) in zip(samples, (ours, theirs), strict=True)]
-        cells.append(difference_cell(*compare(*values, paired)) if values[0] else "–")
-    return [number, *cells]
+        values = [[accuracy(records[-1], group, kind) for records in runs.values()]
+                  for runs, kind in ((our_runs, ours[1]), (their_runs, theirs[1]))]
+        mean, low, high = compare(*values, paired) if values[0] else (np.nan, np.nan, np.nan)
+        interval = "" if np.isnan(low) else f" ({low:+.1f} to {high:+.1f})"
+        cells.append("–" if np.isnan(mean) else f"{mean:+.1f}{interval}")
+    return [name, figures, number, *cells]
 
 
 def compare(ours, theirs, paired):
@@ -130,14 +122,13 @@ def compare(ours, theirs, paired):
     The interval is Student's of the pairs, or Welch's. Its ends are nan where no deviation can be estimated: there are
     too few runs, or all differ by the same.
     """
-    difference, samples = np.mean(ours) - np.mean(theirs), [ours, theirs]
-    if paired:
-        samples = [np.subtract(ours, theirs)]
+    mean = np.mean(ours) - np.mean(theirs)
+    samples = [np.subtract(ours, theirs)] if paired else [ours, theirs]
     if min(map(len, samples)) < 2 or all(np.allclose(sample, sample[0]) for sample in samples):
-        return difference, np.nan, np.nan
+        return mean, np.nan, np.nan
     with warnings.catch_warnings(action="ignore"):  # two equal figures in one of two samples are no trouble
         test = stats.ttest_1samp(samples[0], 0) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
-    return difference, *test.confidence_interval()
+    return mean, *test.confidence_interval()
 
 
 def neighbours(study):
@@ -148,31 +139,32 @@ def neighbours(study):
             if KNN + "acc1" in record:
                 cells = [mean_and_deviation([accuracy(record, group, KNN)]) for group in GROUPS]
                 cost = hours(study.cost(variant)) if record is records[-1] else ""
-                rows.append([variant, str(record["epoch"] + 1), *cells, count(images[record["epoch"]]), cost])
+                rows.append([variant, str(record["epoch"] + 1), *cells, millions(images[record["epoch"]]), cost])
     return markdown(["stage 1", "epochs", *GROUPS, "images", "core-hours"], rows)
 
 
 def runs(study):
-    """What each run cost and was: its own hours, without those of its encoder; the commits that its parts ran by."""
+    """What each run was and cost: its own hours, without those of its encoder; the commits that its parts ran by."""
     rows = []
     for variant, by_seed in study.runs.items():
         for seed, records in by_seed.items():
             name = f"{variant}-seed{seed}"
-            rows.append([name, str(len(records)), hours(study.hours[name]), ", ".join(study.commits[name]),
-                         f"`{study.commands[name]}`"])
+            commits = dict.fromkeys(part[6] for part in study.parts[name])
+            command = study.parts[name][-1][2]
+            rows.append([name, str(len(records)), hours(study.hours(name)), ", ".join(commits), f"`{command}`"])
     return markdown(["run", "epochs", "core-hours", "commits", "command"], rows)
+
+
+def hours(cost):
+    """Hours by hardware as text: of CPU cores, or followed by the name of other hardware."""
+    return " + ".join(f"{value:.2f}" if hardware == "core" else f"{value:.2f} {hardware}"
+                      for hardware, value in cost.items())
 
 
 def mean_and_deviation(values):
     if np.isnan(values).any():
         return "–"
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-
-
-def difference_cell(difference, low, high):
-    if np.isnan(difference):
-        return "–"
-    return f"{difference:+.1f}" + ("" if np.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
 
 
 def write(folder):
