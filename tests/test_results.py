@@ -176,12 +176,12 @@ def test_exported_weights_evaluate_alike(tmp_path, capsys):
     script, name = "main_cifar10_finetune_ipdpp", "finetune_ipdpp_cifar10_if100.pth"
     run_script(script, "--epochs", 1, "--num_samples", 5, "--output_dir", tmp_path / "run")
     full, folder = tmp_path / "run" / name, tmp_path / "results"
-    weights.main(SimpleNamespace(files=[full], folder=folder))
+    weights.main(full, folder=folder)
     small = torch.load(folder / name, weights_only=True)
     assert set(small) == {"model", "epoch", "args"} and small["epoch"] == 0
     assert str(tmp_path) not in str(small["args"]) and {"model", "num_samples", "stage"} <= small["args"].keys()
     with pytest.raises(SystemExit):  # it is there already
-        weights.main(SimpleNamespace(files=[full], folder=folder))
+        weights.main(full, folder=folder)
 
     capsys.readouterr()
     printed = []

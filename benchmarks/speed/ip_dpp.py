@@ -7,6 +7,7 @@ symmetric polynomials and Gram-Schmidt. Ours starts from log p. "finite": whethe
 inclusion probabilities.
 """
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,6 @@ from benchmarks.speed.timer import median_seconds  # noqa: E402
 from util.ip_dpp import inclusion_probabilities, likelihood_kernel, sample_k_dpp  # noqa: E402
 
 
-def ours(log_p, k):
-    sample_k_dpp(log_p, k, np.random.default_rng(0))
-
-
 def dppy(kernel, k):
     """DPPy's exact draw. Returns its elementary symmetric polynomials."""
     dpp = FiniteDPP("likelihood", L=kernel)
@@ -30,18 +27,15 @@ def dppy(kernel, k):
     return dpp.E_poly
 
 
-def main():
+if __name__ == "__main__":
     print(f"{'N':>5} {'k':>4} {'DPPy':>10} {'ours':>10} {'times':>8}  finite: DPPy, ours")
     for n, k in ((500, 50), (2000, 50), (2000, 500), (5000, 500)):
         log_p = np.log(np.random.default_rng(0).beta(1, 0.2, n))  # mostly learnt: p of mean 0.83, many near 1
         kernel = likelihood_kernel(log_p)
         with warnings.catch_warnings(action="ignore"):  # DPPy's overflows, which the last column reports
-            theirs = median_seconds(partial(dppy, kernel, k), runs=3)
+            theirs = median_seconds(partial(dppy, kernel, k), 3, clock=time.perf_counter)
             finite = np.isfinite(dppy(kernel, k)).all(), np.isfinite(inclusion_probabilities(log_p, k)).all()
-        mine = median_seconds(partial(ours, log_p, k), runs=101)
+        draw = partial(sample_k_dpp, log_p, k, np.random.default_rng(0))
+        mine = median_seconds(draw, 101, clock=time.perf_counter)
         print(f"{n:5} {k:4} {theirs:8.3f} s {mine * 1e3:7.2f} ms {theirs / mine:8.0f}  {finite[0]}, {finite[1]}",
               flush=True)
-
-
-if __name__ == "__main__":
-    main()

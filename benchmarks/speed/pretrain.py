@@ -1,11 +1,12 @@
 """Views per second of whole training steps, data included, against the plain pipeline on the same images.
 
-    python benchmarks/speed/pretrain.py [--stage 2] [--data_root FOLDER_OF_CIFAR-10] [--amp float16] [--compile]
+    python benchmarks/speed/pretrain.py [--stage 2] [--data_root FOLDER_OF_CIFAR-10] [--profile] [flags of the script]
 
 Ours is main_cifar10_pretrain_bns.py itself, stopped after some steps (stage 2: main_cifar10_finetune_ipdpp.py on all
-images). The plain pipeline is what is usually written: torchvision's transforms on PIL images in loader workers,
-contiguous float32 (float16 on CUDA), the loss broadcast to (2N, 2N, D), AdamW, the loss read in every step. Times are
-medians of several blocks of steps, after a first one. Memory is that of a pipeline with its data, without the workers'.
+images). Flags that are not of this script go to it, such as --compile or --amp float16. The plain pipeline is what is
+usually written: torchvision's transforms on PIL images in loader workers, contiguous float32 (float16 on CUDA), the
+loss broadcast to (2N, 2N, D), AdamW, the loss read in every step. Times are medians of several blocks of steps, after a
+first one. Memory is that of a pipeline with its data, without the workers'.
 """
 import argparse
 import itertools
@@ -15,13 +16,14 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import main_cifar10_finetune_ipdpp  # noqa: E402
@@ -30,19 +32,6 @@ from benchmarks.speed.augment import PIL_PIPELINES, load_pixels  # noqa: E402
 from benchmarks.speed.bns_loss import broadcast_loss  # noqa: E402
 from benchmarks.speed.timer import PeakMemory, median_seconds  # noqa: E402
 from models import BNSNetwork, Classifier, create_encoder  # noqa: E402
-
-
-class Steps:
-    """The next `number` of an iterator's batches, as an epoch."""
-
-    def __init__(self, batches, number):
-        self.batches, self.number = batches, number
-
-    def __len__(self):
-        return self.number
-
-    def __iter__(self):
-        return itertools.islice(self.batches, self.number)
 
 
 def ours(options, measure):
@@ -56,50 +45,46 @@ def ours(options, measure):
     def measured(network, criterion, batches, *rest):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a benchmark at once
         endless = itertools.chain.from_iterable(itertools.repeat(batches))
-        results.append(measure(lambda: train_one_epoch(network, criterion, Steps(endless, options.steps), *rest)))
+        block = mock.MagicMock()  # stands in for an epoch's batches: the next ones, as many as a block has
+        block.__len__.return_value = options.steps
+        block.__iter__.side_effect = lambda: itertools.islice(endless, options.steps)
+        results.append(measure(lambda: train_one_epoch(network, criterion, block, *rest)))
         raise SystemExit  # of the script
 
-    flags = ["--model", options.model, "--batch_size", str(options.batch_size), "--imbalanced_factor", "1"]
-    flags += ["--amp", options.amp, "--device", options.device, *(["--compile"] if options.compile else [])]
+    flags = ["--model", options.model, "--batch_size", str(options.batch_size), "--device", options.device]
+    flags += ["--imbalanced_factor", "1", *(["--ipdpp_sampler", "none"] if options.stage == 2 else [])]
     flags += ["--data_root", options.data_root] if options.data_root else ["--toy_data"]
-    flags += ["--ipdpp_sampler", "none"] if options.stage == 2 else []
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        args = script.get_args_parser().parse_args([*flags, "--output_dir", folder])
+        args = script.get_args_parser().parse_args([*flags, "--output_dir", folder, *options.flags])
         with mock.patch.object(script, "train_one_epoch", measured), suppress(SystemExit):
             script.main(args)
     return results[0]
 
 
-class Views(Dataset):
-    def __init__(self, data_root, number):
-        self.number, (self.pixels, self.labels) = number, load_pixels(data_root)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        image = Image.fromarray(self.pixels[index])
-        return *(PIL_PIPELINES["simclr"](image) for _ in range(self.number)), self.labels[index]
+def collate(views, images):
+    """A batch of views and labels, as a worker makes it of pairs of pixels and label."""
+    return default_collate([(*(PIL_PIPELINES["simclr"](Image.fromarray(pixels)) for _ in range(views)), label)
+                            for pixels, label in images])
 
 
 def plain(options, measure):
     """What `measure(train)` returns for the plain pipeline."""
-    cuda, views = options.device == "cuda", {1: 2, 2: 1}[options.stage]
+    cuda, images = options.device == "cuda", list(zip(*load_pixels(options.data_root), strict=True))
     torch.backends.cudnn.benchmark = True
     encoder = create_encoder(options.model)
     model = (BNSNetwork(encoder) if options.stage == 1 else Classifier(encoder, 10)).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     scaler = torch.amp.GradScaler(options.device, enabled=cuda)
-    loader = DataLoader(Views(options.data_root, views), options.batch_size, shuffle=True, drop_last=True,
-                        pin_memory=cuda, num_workers=os.cpu_count(), persistent_workers=True)
+    loader = DataLoader(images, options.batch_size, shuffle=True, drop_last=True, pin_memory=cuda,
+                        num_workers=os.cpu_count(), persistent_workers=True, collate_fn=partial(collate, options.views))
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def train():
         for batch in itertools.islice(endless, options.steps):
-            *images, labels = (part.to(options.device, non_blocking=True) for part in batch)
+            *views, labels = (part.to(options.device, non_blocking=True) for part in batch)
             optimizer.zero_grad()
             with torch.autocast(options.device, torch.float16, enabled=cuda):
-                outputs = model(*images)
+                outputs = model(*views)
                 loss = broadcast_loss(*outputs, labels) if options.stage == 1 else F.cross_entropy(outputs, labels)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -122,7 +107,7 @@ def main(options):
     if options.profile:
         sort_by = f"self_{options.device}_time_total"
         return print(ours(options, profile).table(sort_by, row_limit=25, max_name_column_width=60))
-    views, seconds = {1: 2, 2: 1}[options.stage] * options.batch_size, []
+    views, seconds = options.views * options.batch_size, []
     print(f"{'':6} {'ms a step':>11} {'views/s':>10} {'peak MiB':>10}")
     for pipeline in (plain, ours):
         memory = PeakMemory(options.device)
@@ -134,7 +119,8 @@ def main(options):
 
 if __name__ == "__main__":
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--stage", type=int, choices=[1, 2], default=1)
     parser.add_argument("--data_root", help="folder of CIFAR-10, else toy images are drawn")
     parser.add_argument("--model", default="resnet18")
@@ -142,10 +128,9 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, help="unset: the script's; on the CPU, 512 in stage 1")
     parser.add_argument("--steps", type=int, help="of a block; in stage 2 a multiple of 16, which it augments at once")
     parser.add_argument("--blocks", type=int, default=7 if cuda else 3)
-    parser.add_argument("--amp", default="auto", help="of ours")
-    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
     parser.add_argument("--profile", action="store_true", help="print torch.profiler's table of our steps and stop")
-    options = parser.parse_args()
+    options, options.flags = parser.parse_known_args()
+    options.views = {1: 2, 2: 1}[options.stage]  # of an image
     options.batch_size = options.batch_size or {1: 1024 if cuda else 512, 2: 64}[options.stage]
     options.steps = options.steps or {1: 10 if cuda else 1, 2: 64 if cuda else 16}[options.stage]
     main(options)

@@ -15,6 +15,7 @@ FIELD = {
     "BCL, Zhu et al. 2022": (84.3, 51.9),
     "ProCo, Du et al. 2024": (85.9, 52.8),
 }
+COLOURS = colormaps["tab20"].colors * 5
 
 
 def draw(study):
@@ -38,8 +39,8 @@ def draw_accuracy(study):
             curves, images = study.curves(variant, "overall", kind), study.images(variant)
             shown = ~np.isnan(curves).any(axis=0)  # epochs in which all runs were evaluated
             images, curves = images[shown], curves[:, shown]
-            panel.plot(images, curves.mean(axis=0), ".-", color=colour_of(number), label=variant)
-            panel.fill_between(images, curves.min(axis=0), curves.max(axis=0), color=colour_of(number), alpha=0.15)
+            panel.plot(images, curves.mean(axis=0), ".-", color=COLOURS[number], label=variant)
+            panel.fill_between(images, curves.min(axis=0), curves.max(axis=0), color=COLOURS[number], alpha=0.15)
     save(figure, study.folder / "accuracy.png")
 
 
@@ -55,7 +56,7 @@ def draw_cost(study):
               title="last epoch: plain (dots), adjusted (triangles)")
     for number, (variant, cost) in enumerate(costs.items()):
         if tuple(cost) == hardware:
-            hours, colour = sum(cost.values()), colour_of(number)
+            hours, colour = sum(cost.values()), COLOURS[number]
             plain, adjusted = (study.last(variant, "overall", kind).mean() for kind in (PLAIN, ADJUSTED))
             panel.plot([hours, hours], [plain, adjusted], ":", color=colour)
             panel.plot(hours, plain, "o", color=colour, label=variant)
@@ -101,17 +102,13 @@ def draw_draws(study):
                 values[record["epoch"]].append([draw.get(name, np.nan) for name in names])
         if not values or re.search(r"-n\d+", variant):  # those would crowd it
             continue
-        epochs, colour = list(values), colour_of(len(axes[1].lines))
+        epochs, colour = list(values), COLOURS[len(axes[1].lines)]
         drawn_p, left_p, drawn_margin, left_margin = np.array([np.mean(rows, axis=0) for rows in values.values()]).T
         for panel, drawn, left in (axes[0], drawn_p, left_p), (axes[2], drawn_margin, left_margin):
             panel.plot(epochs, drawn, ".-", color=colour, label=f"{variant}, drawn")
             panel.plot(epochs, left, ".--", color=colour, label=f"{variant}, left")
         axes[1].plot(epochs, drawn_p - left_p, ".-", color=colour)
     save(figure, study.folder / "draws.png")
-
-
-def colour_of(number):
-    return colormaps["tab20"](number % 20)
 
 
 def panels(number, width=5, **options):

@@ -2,9 +2,9 @@
 
     python benchmarks/study/tables.py results/FOLDER
 """
-import argparse
 import sys
 import warnings
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -75,26 +75,20 @@ def differences(study):
 
 def comparisons(study):
     """Pairs of variants that are compared. The one with more in its name comes first, plain training last."""
-    def is_plain(variant):
-        return traits(variant)["encoder"] == "scratch" and "images" not in traits(variant)
+    plain = [variant for variant in study.later
+             if traits(variant)["encoder"] == "scratch" and "images" not in traits(variant)]
+    ordered = sorted(study.later, key=lambda variant: (variant in plain, -len(variant.split("-")), variant))
+    pairs = [(ours, theirs) for ours, theirs in combinations(ordered, 2) if len(differing_traits(ours, theirs)) == 1]
+    for ours in ordered:
+        distances = {theirs: abs(sum(study.cost(theirs).values()) - sum(study.cost(ours).values())) for theirs in plain
+                     if ours not in plain and not differing_traits(ours, theirs) & {"recipe", "adjusted_loss"}}
+        pairs += [(ours, min(distances, key=distances.get))] if distances else []
+    return sorted(set(pairs), key=lambda pair: [ordered.index(variant) for variant in pair])
 
-    def order(variant):
-        return is_plain(variant), -len(variant.split("-")), variant
 
-    pairs = []
-    for ours in sorted(study.later, key=order):
-        same_recipe = []
-        for theirs in study.later:
-            differ = {name for name in traits(ours) | traits(theirs)
-                      if traits(ours).get(name) != traits(theirs).get(name)}
-            if len(differ) == 1 and order(ours) < order(theirs):
-                pairs.append((ours, theirs))
-            if is_plain(theirs) and not is_plain(ours) and not differ & {"recipe", "adjusted_loss"}:
-                same_recipe.append(theirs)
-        distance = {theirs: abs(sum(study.cost(theirs).values()) - sum(study.cost(ours).values()))
-                    for theirs in same_recipe}
-        pairs += [(ours, min(distance, key=distance.get))] if distance else []
-    return list(dict.fromkeys(pairs))
+def differing_traits(ours, theirs):
+    """Names of the traits in which two variants differ, a set."""
+    return {name for name, _ in traits(ours).items() ^ traits(theirs).items()}
 
 
 def difference(study, name, figures, ours, theirs):
@@ -175,6 +169,4 @@ def write(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    write(parser.parse_args().folder)
+    write(Path(sys.argv[1]))

@@ -5,7 +5,7 @@
 Several files may be given before the folder. The copies keep their names. Optimiser, history and draw are left out, and
 flags that name a file, folder or device of the machine they were trained on.
 """
-import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -13,10 +13,10 @@ import torch
 OF_A_MACHINE = ("output_dir", "log_dir", "data_root", "resume", "encoder", "eval", "device")
 
 
-def main(args):
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for path in args.files:
-        target = args.folder / path.name
+def main(*files, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        target = folder / path.name
         if target.exists():
             raise SystemExit(f"found {target}, expected none: delete it first, if it is to be replaced")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -26,7 +26,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="final files of runs")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the small ones go")
-    main(parser.parse_args())
+    *files, folder = map(Path, sys.argv[1:])
+    main(*files, folder=folder)
