@@ -24,13 +24,9 @@ STRENGTH = 2.0  # of the colour jitter, as in stage 1
 CROP = [tv.RandomCrop(32, padding=4), tv.RandomHorizontalFlip()]
 PIL_PIPELINES = {
     "simclr": tv.Compose([
-        tv.RandomResizedCrop(32),
-        tv.RandomHorizontalFlip(),
+        tv.RandomResizedCrop(32), tv.RandomHorizontalFlip(),
         tv.RandomApply([tv.ColorJitter(0.8 * STRENGTH, 0.8 * STRENGTH, 0.8 * STRENGTH, 0.2 * STRENGTH)], p=0.8),
-        tv.RandomGrayscale(0.2),
-        tv.GaussianBlur(3),
-        tv.ToTensor(),
-    ]),
+        tv.RandomGrayscale(0.2), tv.GaussianBlur(3), tv.ToTensor()]),
     "crop": tv.Compose([*CROP, tv.ToTensor()]),
     "auto": tv.Compose([*CROP, tv.AutoAugment(tv.AutoAugmentPolicy.CIFAR10), tv.ToTensor(),
                         tv.RandomErasing(p=1, scale=(0.25, 0.25), ratio=(1, 1), value=CIFAR_MEAN)]),

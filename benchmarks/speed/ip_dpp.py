@@ -21,10 +21,9 @@ from util.ip_dpp import inclusion_probabilities, likelihood_kernel, sample_k_dpp
 
 
 def dppy(kernel, k):
-    """DPPy's exact draw. Returns its elementary symmetric polynomials."""
     dpp = FiniteDPP("likelihood", L=kernel)
     dpp.sample_exact_k_dpp(size=k, random_state=np.random.RandomState(0))
-    return dpp.E_poly
+    return dpp.E_poly  # its elementary symmetric polynomials
 
 
 if __name__ == "__main__":

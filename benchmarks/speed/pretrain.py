@@ -5,13 +5,12 @@
 Ours is main_cifar10_pretrain_bns.py itself, stopped after some steps (stage 2: main_cifar10_finetune_ipdpp.py on all
 images). Flags that are not of this script go to it, such as --compile or --amp float16. The plain pipeline is what is
 usually written: torchvision's transforms on PIL images in loader workers, contiguous float32 (float16 on CUDA), the
-loss broadcast to (2N, 2N, D), AdamW, the loss read in every step. Times are medians of several blocks of steps, after a
-first one. Memory is that of a pipeline with its data, without the workers'.
+loss broadcast to (2N, 2N, D) and read in every step. Times are medians of several blocks of steps, after a first one.
+Memory is that of a pipeline with its data, without the workers'.
 """
 import argparse
 import itertools
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from models import BNSNetwork, Classifier, create_encoder  # noqa: E402
 
 
 def ours(options, measure):
-    """Run the script of the stage up to its first epoch. Returns what `measure(train)` does in place of that epoch.
+    """The result of `measure(train)`, which the script of the stage calls in place of its first epoch.
 
     `train()` does a block of steps, by the script's own train_one_epoch.
     """
@@ -43,7 +42,6 @@ def ours(options, measure):
     train_one_epoch, results = script.train_one_epoch, []
 
     def measured(network, criterion, batches, *rest):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a benchmark at once
         endless = itertools.chain.from_iterable(itertools.repeat(batches))
         block = mock.MagicMock()  # stands in for an epoch's batches: the next ones, as many as a block has
         block.__len__.return_value = options.steps
@@ -124,12 +122,11 @@ if __name__ == "__main__":
     parser.add_argument("--stage", type=int, choices=[1, 2], default=1)
     parser.add_argument("--data_root", help="folder of CIFAR-10, else toy images are drawn")
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--batch_size", type=int, help="unset: the script's; on the CPU, 512 in stage 1")
     parser.add_argument("--steps", type=int, help="of a block; in stage 2 a multiple of 16, which it augments at once")
-    parser.add_argument("--blocks", type=int, default=7 if cuda else 3)
     parser.add_argument("--profile", action="store_true", help="print torch.profiler's table of our steps and stop")
     options, options.flags = parser.parse_known_args()
+    options.device, options.blocks = ("cuda", 7) if cuda else ("cpu", 3)
     options.views = {1: 2, 2: 1}[options.stage]  # of an image
     options.batch_size = options.batch_size or {1: 1024 if cuda else 512, 2: 64}[options.stage]
     options.steps = options.steps or {1: 10 if cuda else 1, 2: 64 if cuda else 16}[options.stage]

@@ -1,6 +1,5 @@
 """Time and memory, as the scripts beside this file measure them."""
 import ctypes
-import gc
 import re
 import time
 from pathlib import Path
@@ -26,14 +25,10 @@ def median_seconds(function, runs, device="cpu", clock=None):
 
 
 class PeakMemory:
-    """`bytes()` is the most memory that was in use since this was made, beyond what was in use then.
-
-    On CUDA it is what tensors use; on the CPU, with Linux, the resident set of this process.
-    """
+    """`bytes()` is the most memory that was in use since this was made, beyond what was in use then. Linux only."""
 
     def __init__(self, device):
         self.device = device
-        gc.collect()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()

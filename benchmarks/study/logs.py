@@ -79,7 +79,7 @@ class Study:
             self.parts[part[1]].append(part)
         self.stages1 = [variant for variant in self.runs if is_stage1(variant)]
         self.later = sorted((variant for variant in self.runs if not is_stage1(variant)),
-                            key=lambda variant: -self.last(variant, "overall").mean())
+                            key=lambda variant: -self.curves(variant, "overall")[:, -1].mean())
 
     def records_with(self, name):
         """The records of all runs that have an entry `name`, a list."""
@@ -90,10 +90,6 @@ class Study:
         """Percent after each epoch, float (runs, epochs), runs in the order of `runs`; nan where there is no figure."""
         runs = self.runs[variant].values()
         return np.array([[accuracy(record, group, kind) for record in records] for records in runs])
-
-    def last(self, variant, group, kind=PLAIN):
-        """Percent after the last epoch, float (runs,)."""
-        return self.curves(variant, group, kind)[:, -1]
 
     def images(self, variant):
         """Images seen by the end of each epoch, mean of the runs, float (epochs,). Both views of stage 1 count."""
@@ -121,8 +117,3 @@ class Study:
             for hardware, hours in self.hours(f"{variant}-seed{seed}").items():
                 total[hardware] += hours / len(self.runs[variant])
         return total
-
-
-def millions(images):
-    """A number of images as text, such as 5.25 M or 98 k."""
-    return f"{images / 1e6:.2f} M" if images >= 1e6 else f"{images / 1e3:.0f} k"

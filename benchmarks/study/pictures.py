@@ -1,6 +1,6 @@
 """The pictures of a study: accuracy against images and against cost, kNN along stage 1, what IP-DPP draws."""
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 from matplotlib import colormaps
@@ -16,17 +16,6 @@ FIELD = {
     "ProCo, Du et al. 2024": (85.9, 52.8),
 }
 COLOURS = colormaps["tab20"].colors * 5
-
-
-def draw(study):
-    """Draw what there is to show, into the study's folder."""
-    if study.later:
-        draw_accuracy(study)
-        draw_cost(study)
-    if study.stages1:
-        draw_neighbours(study)
-    if study.records_with("drawn"):
-        draw_draws(study)
 
 
 def draw_accuracy(study):
@@ -47,17 +36,17 @@ def draw_accuracy(study):
 def draw_cost(study):
     """Accuracy at the last epoch over hours, those of the encoder included, beside published figures.
 
-    Only runs on the hardware of most variants are shown: hours of another mean something else.
+    Only runs on the hardware of the best variant are shown: hours of another mean something else.
     """
-    costs = {variant: study.cost(variant) for variant in study.later}
-    hardware, _ = Counter(tuple(cost) for cost in costs.values()).most_common(1)[0]
+    hardware = list(study.cost(study.later[0]))
     figure, (panel,) = panels(1, width=9)
     panel.set(xscale="log", xlabel=f"{' + '.join(hardware)}-hours", ylabel="overall test accuracy, %",
               title="last epoch: plain (dots), adjusted (triangles)")
-    for number, (variant, cost) in enumerate(costs.items()):
-        if tuple(cost) == hardware:
-            hours, colour = sum(cost.values()), COLOURS[number]
-            plain, adjusted = (study.last(variant, "overall", kind).mean() for kind in (PLAIN, ADJUSTED))
+    for colour, variant in zip(COLOURS, study.later, strict=False):
+        cost = study.cost(variant)
+        if list(cost) == hardware:
+            hours = sum(cost.values())
+            plain, adjusted = (study.curves(variant, "overall", kind)[:, -1].mean() for kind in (PLAIN, ADJUSTED))
             panel.plot([hours, hours], [plain, adjusted], ":", color=colour)
             panel.plot(hours, plain, "o", color=colour, label=variant)
             panel.plot(hours, adjusted, "^", color=colour)

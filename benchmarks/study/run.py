@@ -8,9 +8,8 @@ run that is under way elsewhere is passed over, and so is one whose encoder is m
 
 The results folder gets the log of each finished run, VARIANT-seed<number>.txt, a README.md with all tables, and in
 `commands` a line per part of a run: its command, seconds (on CPU cores those that it computed), hardware and commit.
-Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>.
-
-To add a variant, add a line to `variants` below. benchmarks/study/logs.py says what its name means.
+Checkpoints go to output_dir/RESULTS_FOLDER/VARIANT-seed<number>. To add a variant, add a line to `variants` below.
+benchmarks/study/logs.py says what its name means.
 """
 import argparse
 import fcntl
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import time
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,13 +34,12 @@ UNIFORM, ALL = "--ipdpp_sampler uniform", "--ipdpp_sampler none"
 # The field's recipes: that of Cao et al. (arXiv 1906.07413), and the one with AutoAugment and Cutout.
 CROP = "--augment crop --opt sgd --lr 0.1 --weight_decay 2e-4 --batch_size 128"
 STRONG = "--augment auto --opt sgd --lr 0.1 --weight_decay 5e-4 --batch_size 128 --warmup_epochs 5"
+STRONG_STAGE2 = f"{STRONG} --lr 0.1"  # put the rate here that the variants ...-lr<rate> find to be the best
 
 
 def variants(dataset, factor, stage1_epochs):
     """All variants, a dict from name to (number of seeds, own flags). `stage1_epochs`: those of `bns`."""
-    def epochs(images):
-        return epochs_for(images, dataset, factor)
-
+    epochs = partial(epochs_for, dataset=dataset, factor=factor)
     table = {
         # The paper's two stages, probing, and what they are compared with.
         "bns": (1, ""),
@@ -77,11 +76,12 @@ def variants(dataset, factor, stage1_epochs):
     for name in strong:
         for sampling, flags in ("ipdpp", ""), ("uniform", UNIFORM), ("all", f"{ALL} --epochs {epochs('all')}"):
             variant = name.format(sampling)
-            table[variant] = 3, f"{STRONG} {flags}"
-            table[f"{variant}-adjusted_loss"] = 3, f"{STRONG} {flags} --loss logit_adjusted"
+            table[variant] = 3, f"{STRONG_STAGE2} {flags}"
+            table[f"{variant}-adjusted_loss"] = 3, f"{STRONG_STAGE2} {flags} --loss logit_adjusted"
     # By both recipes: how many images to keep of a class, at the same number of images seen; and the learning rate.
     for name in ("bns-{}", *strong):
-        recipe, rates = (STRONG, ("0.003", "0.01", "0.03")) if name in strong else ("", ("0.00025", "0.001"))
+        recipe, rates = (STRONG_STAGE2, ("0.003", "0.01", "0.03", "0.1")) if name in strong else (
+            "", ("0.00025", "0.001"))
         for sampling, flags in ("ipdpp", ""), ("uniform", UNIFORM):
             for images in {"cifar10": (100, 200, 1000), "cifar100": (10, 20, 100)}[dataset]:
                 fewer = f"--num_samples {images} --epochs {epochs(images)}"
@@ -105,10 +105,8 @@ def plan(args):
     """The runs that the options ask for, a dict from VARIANT-seed<number> to the words of its command.
 
     Where a flag comes twice, the variant's own wins over that of the options. An encoder is named by its final file
-    below the folder of checkpoints. It is trained once: that of stage 1 with seed 0, another with seed 42.
-
-    Raises:
-        SystemExit: a pattern of --runs matches no run.
+    below the folder of checkpoints. It is trained once: that of stage 1 with seed 0, another with seed 42. Raises
+    SystemExit if a pattern of --runs matches no run.
     """
     given = re.findall(r"--epochs (\d+)", args.stage1_flags)
     table = variants(args.dataset, args.imbalanced_factor, int(given[-1]) if given else 1000)
@@ -140,8 +138,7 @@ def plan(args):
 def train(name, words, args):
     """Train a run until it is over, from where an earlier part of it stopped.
 
-    Raises:
-        SystemExit: the run was stopped or failed, or it was begun with other flags.
+    Raises SystemExit if it is stopped or fails, or was begun with other flags.
     """
     log, finished = args.checkpoints / name / "log.txt", args.results / f"{name}.txt"
     began_file, command = args.checkpoints / f"{name}.began", " ".join(words)
@@ -179,10 +176,9 @@ def train(name, words, args):
 
 def call(words, lock, hardware):
     """Run a command. Returns its exit status, and the seconds that it computed, or those that passed on no CPU core."""
-    def computed():
-        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-    clock = computed if hardware.endswith(" core") else time.time
+    clock = time.time
+    if hardware.endswith(" core"):
+        clock = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     began = clock()
     process = subprocess.Popen(words, pass_fds=[lock.fileno()])  # which holds the lock, should it outlive this script
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends Ctrl-C to the run too, which saves and leaves

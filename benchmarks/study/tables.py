@@ -12,7 +12,7 @@ from scipy import stats  # dppy brings it
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.study import pictures  # noqa: E402
-from benchmarks.study.logs import ADJUSTED, KNN, PLAIN, Study, accuracy, millions, traits  # noqa: E402
+from benchmarks.study.logs import ADJUSTED, KNN, PLAIN, Study, accuracy, traits  # noqa: E402
 
 GROUPS = ("many", "medium", "few", "overall")
 ABOUT = """\
@@ -23,12 +23,10 @@ Test accuracy at the last epoch, in percent: mean ± sample deviation over the s
 with adjusted logits. Images and core-hours are those of one run and of the encoder that it starts from. Each of the two
 views of stage 1 counts as an image."""
 ABOUT_DIFFERENCES = """\
-Mean differences in points, with their 95 % intervals: Student's of pairs of runs with the same seed, else Welch's. Too
-few runs give no interval. Compared are variants that differ in one respect, and each variant with that plain training
-by the same recipe whose cost is nearest. Last comes what adjusted logits change. Each encoder was trained once, so an
-interval holds for this encoder only. One interval in 20 misleads by chance."""
-ABOUT_NEIGHBOURS = """\
-Accuracy of a class-balanced vote of the nearest neighbours on the encoder's features along stage 1, in percent."""
+Mean differences in points, with their 95 % intervals: Student's of pairs of runs with the same seed, else Welch's.
+Compared are variants that differ in one respect, each with the plain training by the same recipe whose cost is nearest,
+and adjusted with plain figures. Encoders are trained once, so an interval holds for its encoder; one in 20 misleads."""
+ABOUT_NEIGHBOURS = "Accuracy of a class-balanced vote of the nearest neighbours on the encoder's features, in percent."
 ABOUT_DRAWS = "Means of p and margin over the images that were drawn and that were left, over the five largest classes:"
 
 
@@ -47,14 +45,14 @@ def readme(study):
 
 
 def markdown(header, rows):
-    """A table as text. header: names; rows: lists of as many texts."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def accuracies(study):
     rows = []
     for variant in study.later:
-        cells = [mean_and_deviation(study.last(variant, group, kind)) for kind in (PLAIN, ADJUSTED) for group in GROUPS]
+        cells = [mean_and_deviation(study.curves(variant, group, kind)[:, -1])
+                 for kind in (PLAIN, ADJUSTED) for group in GROUPS]
         images, cost = millions(study.images_in_all(variant)), hours(study.cost(variant))
         rows.append([variant, str(len(study.runs[variant])), *cells, images, cost])
     return markdown(["variant", "runs", *GROUPS, *(f"{group} adj." for group in GROUPS), "images", "core-hours"], rows)
@@ -62,14 +60,14 @@ def accuracies(study):
 
 def differences(study):
     rows = []
-    for ours, theirs in comparisons(study):
-        kinds = [(PLAIN, PLAIN, "plain"), (ADJUSTED, ADJUSTED, "adjusted")]
-        if "adjusted_loss" in ours and "adjusted_loss" not in theirs:  # that loss leaves nothing to adjust
+    for ours, theirs in [*comparisons(study), *((variant, variant) for variant in study.later)]:
+        name, kinds = f"{ours} against {theirs}", [(PLAIN, PLAIN, "plain"), (ADJUSTED, ADJUSTED, "adjusted")]
+        if ours == theirs:
+            name, kinds = ours, [(ADJUSTED, PLAIN, "adjusted against plain")]
+        elif "adjusted_loss" in ours and "adjusted_loss" not in theirs:  # that loss leaves nothing to adjust
             kinds = [(PLAIN, ADJUSTED, "plain against adjusted")]
-        rows += [difference(study, f"{ours} against {theirs}", figures, (ours, our_kind), (theirs, their_kind))
+        rows += [[name, figures, *difference(study, (ours, our_kind), (theirs, their_kind))]
                  for our_kind, their_kind, figures in kinds]
-    rows += [difference(study, variant, "adjusted against plain", (variant, ADJUSTED), (variant, PLAIN))
-             for variant in study.later]
     return markdown(["difference", "figures", "runs", *GROUPS], [row for row in rows if set(row[3:]) != {"–"}])
 
 
@@ -91,8 +89,8 @@ def differing_traits(ours, theirs):
     return {name for name, _ in traits(ours).items() ^ traits(theirs).items()}
 
 
-def difference(study, name, figures, ours, theirs):
-    """A row of the table of differences. ours, theirs: (variant, PLAIN or ADJUSTED)."""
+def difference(study, ours, theirs):
+    """Number of runs, and a difference per group, as texts. ours, theirs: (variant, PLAIN or ADJUSTED)."""
     our_runs, their_runs = study.runs[ours[0]], study.runs[theirs[0]]
     paired = traits(ours[0])["encoder"] == traits(theirs[0])["encoder"]
     number = f"{len(our_runs)} and {len(their_runs)}"
@@ -107,14 +105,13 @@ def difference(study, name, figures, ours, theirs):
         mean, low, high = compare(*values, paired) if values[0] else (np.nan, np.nan, np.nan)
         interval = "" if np.isnan(low) else f" ({low:+.1f} to {high:+.1f})"
         cells.append("–" if np.isnan(mean) else f"{mean:+.1f}{interval}")
-    return [name, figures, number, *cells]
+    return [number, *cells]
 
 
 def compare(ours, theirs, paired):
-    """Mean difference of two samples and its 95 % interval: (difference, low, high).
+    """Mean difference of two samples, and the ends of its 95 % interval: Student's of the pairs, or Welch's.
 
-    The interval is Student's of the pairs, or Welch's. Its ends are nan where no deviation can be estimated: there are
-    too few runs, or all differ by the same.
+    The ends are nan where no deviation can be estimated: there are too few runs, or all differ by the same.
     """
     mean = np.mean(ours) - np.mean(theirs)
     samples = [np.subtract(ours, theirs)] if paired else [ours, theirs]
@@ -143,10 +140,13 @@ def runs(study):
     for variant, by_seed in study.runs.items():
         for seed, records in by_seed.items():
             name = f"{variant}-seed{seed}"
-            commits = dict.fromkeys(part[6] for part in study.parts[name])
-            command = study.parts[name][-1][2]
-            rows.append([name, str(len(records)), hours(study.hours(name)), ", ".join(commits), f"`{command}`"])
+            commits = ", ".join(dict.fromkeys(part[6] for part in study.parts[name]))
+            rows.append([name, str(len(records)), hours(study.hours(name)), commits, f"`{study.parts[name][-1][2]}`"])
     return markdown(["run", "epochs", "core-hours", "commits", "command"], rows)
+
+
+def millions(images):
+    return f"{images / 1e6:.2f} M" if images >= 1e6 else f"{images / 1e3:.0f} k"
 
 
 def hours(cost):
@@ -165,7 +165,10 @@ def write(folder):
     """Write README.md and the pictures of a study into its folder."""
     study = Study(folder)
     (folder / "README.md").write_text(readme(study))
-    pictures.draw(study)
+    for rows, draw in ((study.later, pictures.draw_accuracy), (study.later, pictures.draw_cost),
+                       (study.stages1, pictures.draw_neighbours), (study.records_with("drawn"), pictures.draw_draws)):
+        if rows:
+            draw(study)
 
 
 if __name__ == "__main__":

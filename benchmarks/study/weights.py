@@ -2,8 +2,7 @@
 
     python benchmarks/study/weights.py output_dir/results/NAME/bns-seed0/pretrain_bns_cifar10_if100.pth results/NAME
 
-Several files may be given before the folder. The copies keep their names. Optimiser, history and draw are left out, and
-flags that name a file, folder or device of the machine they were trained on.
+Several files may be given. Optimiser, history and draw are left out, and flags that name files, folders or the device.
 """
 import sys
 from pathlib import Path
