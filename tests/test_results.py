@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.study import tables, weights
 from benchmarks.study.logs import Study
-from util.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted(path.parent for path in ROOT.glob("results/*/commands"))
@@ -194,7 +193,7 @@ def test_exported_weights_evaluate_alike(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/*_if*.pth")), ids=lambda path: path.name)
 def test_weights_in_results_reach_what_a_log_beside_them_says(path, cifar_root):
-    trained = load_checkpoint(path)["args"]
+    trained = torch.load(path, weights_only=True)["args"]
     script = importlib.import_module(f"main_{trained['dataset']}_{trained['stage']}")
     figures = script.main(script.get_args_parser().parse_args(["--data_root", cifar_root, "--eval", str(path)]))
     name = "knn_acc1" if trained["stage"] == "pretrain_bns" else "test_acc1"

@@ -34,10 +34,7 @@ def draw_accuracy(study):
 
 
 def draw_cost(study):
-    """Accuracy at the last epoch over hours, those of the encoder included, beside published figures.
-
-    Only runs on the hardware of the best variant are shown: hours of another mean something else.
-    """
+    """Accuracy at the last epoch over hours, with those of encoders. Shown are runs on the best variant's hardware."""
     hardware = list(study.cost(study.later[0]))
     figure, (panel,) = panels(1, width=9)
     panel.set(xscale="log", xlabel=f"{' + '.join(hardware)}-hours", ylabel="overall test accuracy, %",
