@@ -1,6 +1,6 @@
 """The pictures of a study: accuracy against images and against cost, kNN along stage 1, what IP-DPP draws."""
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 from matplotlib import colormaps
@@ -34,14 +34,14 @@ def draw_accuracy(study):
 
 
 def draw_cost(study):
-    """Accuracy at the last epoch over hours, with those of encoders. Shown are runs on the best variant's hardware."""
-    hardware = list(study.cost(study.later[0]))
+    """Accuracy at the last epoch over hours, encoders included, of the runs on the hardware of most variants."""
+    hardware, _ = Counter(tuple(study.cost(variant)) for variant in study.later).most_common(1)[0]
     figure, (panel,) = panels(1, width=9)
     panel.set(xscale="log", xlabel=f"{' + '.join(hardware)}-hours", ylabel="overall test accuracy, %",
               title="last epoch: plain (dots), adjusted (triangles)")
     for colour, variant in zip(COLOURS, study.later, strict=False):
         cost = study.cost(variant)
-        if list(cost) == hardware:
+        if tuple(cost) == hardware:
             hours = sum(cost.values())
             plain, adjusted = (study.curves(variant, "overall", kind)[:, -1].mean() for kind in (PLAIN, ADJUSTED))
             panel.plot([hours, hours], [plain, adjusted], ":", color=colour)
