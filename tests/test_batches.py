@@ -103,27 +103,29 @@ def test_a_data_set_on_the_device_is_that_data_set():
 
 @pytest.mark.parametrize("block", [1, 130, 1024])  # images: one batch at once, two or three, all
 @pytest.mark.parametrize("num_views, rank, batch_size", [(1, 0, 57), (2, 1, 43)])
-def test_views_of_a_block_are_those_of_each_batch_alone(block, num_views, rank, batch_size, toy, monkeypatch):
+def test_one_generator_augments_block_after_block(block, num_views, rank, batch_size, toy, monkeypatch):
     monkeypatch.setattr(batches, "BLOCK", block)
     images, labels = toy
     epoch = DeviceLoader(images, labels, AUGMENT, one_of(2, rank), batch_size, 5, num_views).epoch(3, torch.arange(297))
     yielded = list(epoch)
     assert len(yielded) == len(epoch) == len(epoch.indices) == -(-149 // batch_size)
-    for step, (views, of_views) in enumerate(yielded):
-        generator = torch.Generator().manual_seed(derive_seed(5, 3, step, rank))
-        mine = images[epoch.indices[step]]
-        assert len(views) == num_views and torch.equal(of_views, labels[epoch.indices[step]])
-        for view in views:
-            assert torch.equal(view, AUGMENT(mine, generator)), f"step {step}"
-            assert view.is_contiguous(memory_format=torch.channels_last) and view.dtype == torch.float32
+    generator, steps = torch.Generator().manual_seed(derive_seed(5, 3, rank)), max(1, block // batch_size)
+    for first in range(0, len(epoch), steps):
+        mine = images[torch.cat(epoch.indices[first:first + steps])]
+        for view in range(num_views):
+            expected = AUGMENT(mine, generator)
+            found = torch.cat([views[view] for views, _ in yielded[first:first + steps]])
+            assert torch.equal(found, expected)
+    for (views, of_views), indices in zip(yielded, epoch.indices, strict=True):
+        assert len(views) == num_views and torch.equal(of_views, labels[indices])
+        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in views)
     for first, second in itertools.combinations([view for views, _ in yielded for view in views], 2):
         assert first.shape != second.shape or not torch.equal(first, second)
 
 
-def test_what_is_random_in_the_network_follows_from_seed_epoch_step_and_process(toy):
+def test_what_is_random_in_the_network_follows_from_seed_epoch_and_process(toy):
     def noise(seed=5, epoch=3, rank=0):
-        subset = torch.arange(30)
-        of_epoch = DeviceLoader(*toy, AUGMENT, one_of(2, rank), 5, seed).epoch(epoch, subset)
+        of_epoch = DeviceLoader(*toy, AUGMENT, one_of(2, rank), 5, seed).epoch(epoch, torch.arange(30))
         return [torch.rand(()).item() for _ in of_epoch]
 
     assert noise() == noise() and len(noise()) == 3

@@ -36,10 +36,10 @@ class DeviceLoader:
 
     Args:
         images, labels: of `to_device`.
-        augment: of `util.augment.create_augment`.
+        augment: called as augment(images, generator); see util.augment.
         processes: Processes. Each gets its share of every batch.
         batch_size: images per process and step.
-        seed: determines every random choice, together with epoch, step and process.
+        seed: determines every random choice, together with epoch and process.
         views_per_image: 2 in stage 1.
         drop_last: leave out an incomplete last batch.
     """
@@ -84,26 +84,16 @@ class EpochBatches:
 
     def __iter__(self):
         loader = self.loader
+        seed = derive_seed(loader.seed, self.epoch, loader.processes.rank)
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # for what is random in the network
         steps_per_block = max(1, BLOCK // loader.batch_size)
         for first in range(0, len(self), steps_per_block):
             block = self.indices[first:first + steps_per_block]
-            for step, views in enumerate(self._augment(block, first), first):
-                torch.manual_seed(self._seed(step, 1))  # for what is random in the network
-                yield views, loader.labels[self.indices[step]]
-
-    def _seed(self, step, *purpose):
-        return derive_seed(self.loader.seed, self.epoch, step, self.loader.processes.rank, *purpose)
-
-    def _augment(self, block, first):
-        """Views of the batches of a block, steps `first` and following, each with its own random parameters."""
-        loader, sizes = self.loader, [len(indices) for indices in block]
-        pixels = loader.images[torch.cat(block)]
-        generators = [torch.Generator().manual_seed(self._seed(first + i)) for i in range(len(block))]
-        views = []
-        for _ in range(loader.views_per_image):
-            parameters = [loader.augment.sample(size, *pixels.shape[2:], generator)
-                          for size, generator in zip(sizes, generators, strict=True)]
-            joined = type(parameters[0])(*(torch.cat(parts) for parts in zip(*parameters, strict=True)))
-            augmented = loader.augment.apply(pixels, joined)
-            views.append(augmented.contiguous(memory_format=torch.channels_last).split(sizes))
-        return zip(*views, strict=True)
+            pixels, sizes = loader.images[torch.cat(block)], [len(indices) for indices in block]
+            views = []
+            for _ in range(loader.views_per_image):
+                augmented = loader.augment(pixels, generator).contiguous(memory_format=torch.channels_last)
+                views.append(augmented.split(sizes))
+            for indices, *views_of_step in zip(block, *views, strict=True):
+                yield tuple(views_of_step), loader.labels[indices]
