@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.utils import distribute_bn
 from torch.nn.utils import get_total_norm
 
+from util.batches import to_device
 from util.errors import UserError
 from util.imbalanced_cifar import DATASETS
 from util.metrics import SHOTS, KNNClassifier, adjust_logits, classification_metrics
@@ -18,7 +19,9 @@ ADVICE = "lower --lr or --blr, or try --amp none; checkpoints written before are
 
 
 def load_data(run):
-    """The training and test set that the flags name. Where CIFAR is missing, the first process downloads it.
+    """The training and test set that the flags name, with `images` and `labels` on the device.
+
+    Where CIFAR is missing, the first process downloads it.
 
     Raises:
         UserError: no usable data, or a batch that is larger than the training set.
@@ -33,7 +36,7 @@ def load_data(run):
     if not args.eval and args.batch_size * processes.world_size > len(train_set):
         raise UserError(f"--batch_size: found {args.batch_size} images in each of {processes.world_size} process(es), "
                         f"expected at most {len(train_set)} together, the images of the training set")
-    return train_set, test_set
+    return to_device(train_set, run.device), to_device(test_set, run.device)
 
 
 def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run):
@@ -149,8 +152,8 @@ def evaluate(logits, test_set, train_set, counts, tau, run):
     Returns:
         dict for log.txt: the figures of `classification_metrics` as `test_...`, and `test_adjusted_...`.
     """
-    labels, shots = torch.tensor(test_set.targets), (train_set.class_counts, train_set.shot_thresholds)
-    logits = logits.cpu()
+    logits, labels = logits.cpu(), test_set.labels.cpu()
+    shots = train_set.class_counts, train_set.shot_thresholds
     metrics = classification_metrics(logits, labels, *shots)
     run.say(f"* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
     run.say(f"Accuracy of the network on the {len(labels)} test images: {metrics['acc1']:.1f}%")
@@ -166,16 +169,15 @@ def evaluate(logits, test_set, train_set, counts, tau, run):
     return stats
 
 
-def evaluate_knn(encoder, images, labels, test_images, test_set, train_set, run):
+def evaluate_knn(encoder, train_set, test_set, run):
     """Print how well the nearest neighbours of the encoder's features classify the test set.
 
-    images, labels, test_images: of the training and the test set, as of `util.batches.to_device`.
     Returns a dict for log.txt: `knn_acc1` in percent, `knn_many`, `knn_medium`, `knn_few` as fractions.
     """
-    features, queries = predict(encoder, images, run), predict(encoder, test_images, run)
-    votes = predict(KNNClassifier(features, labels, len(train_set.class_counts)), queries, run)
-    metrics = classification_metrics(votes.cpu(), torch.tensor(test_set.targets), train_set.class_counts,
-                                     train_set.shot_thresholds)
+    features, queries = predict(encoder, train_set.images, run), predict(encoder, test_set.images, run)
+    neighbours = KNNClassifier(features, train_set.labels, len(train_set.class_counts))
+    votes = predict(neighbours, queries, run).cpu()
+    metrics = classification_metrics(votes, test_set.labels.cpu(), train_set.class_counts, train_set.shot_thresholds)
     run.say(accuracy_line("* kNN", metrics))
     return {f"knn_{name}": metrics[name] for name in ("acc1", *SHOTS)}
 

@@ -21,7 +21,7 @@ from timm.scheduler import create_scheduler_v2
 from engine import evaluate, load_data, predict, train_one_epoch
 from models import Classifier, create_encoder
 from util.augment import create_augment
-from util.batches import DeviceLoader, to_device
+from util.batches import DeviceLoader
 from util.ip_dpp import draw_subset, mixing_steps, true_label_log_probabilities
 from util.metrics import LogitAdjustedLoss
 from util.options import Parser, launch
@@ -52,8 +52,6 @@ def get_args_parser():
 def main(args):
     run = Run(args)
     train_set, test_set = load_data(run)
-    images, labels = to_device(train_set, run.device)
-    test_images, _ = to_device(test_set, run.device)
     # Images per class that are trained on. Logit adjustment subtracts tau * log(share of the class) from test logits.
     counts = train_set.class_counts
     if args.ipdpp_sampler != "none":
@@ -68,12 +66,12 @@ def main(args):
 
     if args.eval:
         run.load_evaluated(model)
-        metrics = evaluate(predict(model, test_images, run), test_set, train_set, counts, tau, run)
+        metrics = evaluate(predict(model, test_set.images, run), test_set, train_set, counts, tau, run)
         run.processes.end()
         return metrics
 
     augment = create_augment(args.augment, args.input_size, args.jitter_strength, args.min_crop)
-    loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed)
+    loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed)
     steps = loader.steps(counts.sum())
 
     # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
@@ -86,7 +84,7 @@ def main(args):
         step_on_epochs=False, updates_per_epoch=run.updates_per_epoch(steps))
 
     network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
-    subset = torch.arange(len(images)) if args.ipdpp_sampler == "none" else run.subset
+    subset = torch.arange(len(train_set)) if args.ipdpp_sampler == "none" else run.subset
     if args.ipdpp_sampler == "mcmc":
         run.say(f"--mcmc_steps {args.mcmc_steps}: the chain mixes in about {mixing_steps(args.num_samples)} steps; "
                 "after far fewer, draws lie between uniform and exact ones")
@@ -96,8 +94,8 @@ def main(args):
         redraw = (epoch + 1) % args.sampling_freq == 0 and epoch < args.epochs - 1
         draw_stats = {}
         if args.ipdpp_sampler != "none" and (subset is None or redraw):
-            train_logits = predict(model, images, run)  # by the current model in eval mode, of clean images
-            log_p = true_label_log_probabilities(train_logits, labels)
+            train_logits = predict(model, train_set.images, run)  # by the current model in eval mode, of clean images
+            log_p = true_label_log_probabilities(train_logits, train_set.labels)
             previous = subset
             subset = run.processes.from_first(
                 draw_subset, log_p, train_set.targets, args.num_samples, (args.seed, epoch),
@@ -107,7 +105,7 @@ def main(args):
         batches = loader.epoch(epoch, subset)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run) | draw_stats
         if run.evaluates(epoch):
-            features = predict(model.enc, test_images, run)
+            features = predict(model.enc, test_set.images, run)
             logits = predict(model.lin, features, run)
             stats |= evaluate(logits, test_set, train_set, counts, tau, run)
             if run.shows_pictures(epoch):

@@ -15,7 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from engine import evaluate, load_data, predict, train_one_epoch
 from models import Classifier, create_encoder
 from util.augment import create_augment
-from util.batches import DeviceLoader, to_device
+from util.batches import DeviceLoader
 from util.ip_dpp import draw_subset
 from util.options import Parser, launch
 from util.reports import show_predictions
@@ -44,8 +44,6 @@ def get_args_parser():
 def main(args):
     run = Run(args)
     train_set, test_set = load_data(run)
-    images, labels = to_device(train_set, run.device)
-    test_images, _ = to_device(test_set, run.device)
     counts = train_set.class_counts.clip(max=args.num_samples)  # images per class that are trained on
 
     torch.manual_seed(args.seed)
@@ -55,12 +53,13 @@ def main(args):
 
     if args.eval:
         run.load_evaluated(model)
-        metrics = evaluate(predict(model, test_images, run), test_set, train_set, counts, args.logit_adjustment, run)
+        logits = predict(model, test_set.images, run)
+        metrics = evaluate(logits, test_set, train_set, counts, args.logit_adjustment, run)
         run.processes.end()
         return metrics
 
     augment = create_augment(args.augment, args.input_size, args.jitter_strength, args.min_crop)
-    loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed)
+    loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed)
     steps = loader.steps(counts.sum())
 
     # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
@@ -77,7 +76,7 @@ def main(args):
     if subset is None:
         subset = run.processes.from_first(
             draw_subset, None, train_set.targets, args.num_samples, (args.seed, 0), "uniform")
-    features = predict(model.enc, test_images, run)  # once, since the encoder never changes
+    features = predict(model.enc, test_set.images, run)  # once, since the encoder never changes
     for epoch in range(run.start_epoch, args.epochs):
         batches = loader.epoch(epoch, subset)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run)

@@ -16,7 +16,7 @@ from timm.scheduler import create_scheduler_v2
 from engine import evaluate_knn, load_data, train_one_epoch
 from models import BNSNetwork, create_encoder
 from util.augment import SimCLRAugment
-from util.batches import DeviceLoader, to_device
+from util.batches import DeviceLoader
 from util.bns_loss import BNSLoss, lowest_temperature
 from util.checkpoint import load_encoder
 from util.errors import UserError
@@ -45,8 +45,6 @@ def get_args_parser():
 def main(args):
     run = Run(args)
     train_set, test_set = load_data(run)
-    images, labels = to_device(train_set, run.device)
-    test_images, _ = to_device(test_set, run.device)
 
     torch.manual_seed(args.seed)
     model = BNSNetwork(create_encoder(args.model, args.input_size), args.embed_dim)
@@ -55,7 +53,7 @@ def main(args):
 
     if args.eval:
         load_encoder(model.enc, run.evaluated, f"--eval {args.eval}")
-        metrics = evaluate_knn(model.enc, images, labels, test_images, test_set, train_set, run)
+        metrics = evaluate_knn(model.enc, train_set, test_set, run)
         run.processes.end()
         return metrics
 
@@ -66,9 +64,9 @@ def main(args):
 
     # Two views of each image; an epoch's incomplete last batch is left out.
     augment = SimCLRAugment(args.input_size, args.jitter_strength, args.min_crop)
-    loader = DeviceLoader(images, labels, augment, run.processes, args.batch_size, args.seed,
+    loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed,
                           views_per_image=2, drop_last=True)
-    all_indices = torch.arange(len(images))
+    all_indices = torch.arange(len(train_set))
     steps = loader.steps(len(all_indices))
 
     # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
@@ -90,7 +88,7 @@ def main(args):
         batches = loader.epoch(epoch, all_indices)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run)
         if run.evaluates(epoch):
-            stats |= evaluate_knn(model.enc, images, labels, test_images, test_set, train_set, run)
+            stats |= evaluate_knn(model.enc, train_set, test_set, run)
         run.end_epoch(epoch, stats)
     return run.finish()
 

@@ -20,7 +20,6 @@ from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine import predict  # noqa: E402
-from util.batches import to_device  # noqa: E402
 
 SHOWN = 1000  # images of each half
 
@@ -30,15 +29,14 @@ def load(args):
     script = importlib.import_module(f"main_{args.dataset}_pretrain_bns")
     flags = script.get_args_parser().parse_args(["--eval", args.checkpoint, "--data_root", args.data_root])
     with mock.patch("main_cifar10_pretrain_bns.evaluate_knn", lambda *found: found):
-        encoder, *_, test_set, train_set, run = script.main(flags)
-    return encoder, train_set, test_set, run
+        return script.main(flags)
 
 
 def main(args):
     encoder, *sets, run = load(args)
     features, labels = [], []
     for dataset in sets:
-        images, targets = to_device(dataset, run.device)
+        images, targets = dataset.images, dataset.labels
         classes = range(len(dataset.classes))
         shown = torch.cat([(targets == c).nonzero()[:SHOWN // len(classes), 0] for c in classes])
         features.append(predict(encoder, images[shown], run))

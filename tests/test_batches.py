@@ -1,5 +1,6 @@
 """The batches of an epoch: sizes, order, shares of several processes, and the augmentation of many batches at once."""
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ AUGMENT = SimCLRAugment(16, 1.0)
 def toy():
     """300 images of noise, each with its own label, so that a label tells which image it came with."""
     images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return images, torch.arange(300) + 1000
+    return SimpleNamespace(images=images, labels=torch.arange(300) + 1000)
 
 
 def loader(num_images=100, batch_size=10, seed=0, world_size=1, rank=0, **options):
     """Of images that nobody looks at."""
     images, labels = torch.zeros(num_images, 3, 2, 2, dtype=torch.uint8), torch.arange(num_images)
-    return DeviceLoader(images, labels, AUGMENT, one_of(world_size, rank), batch_size, seed, **options)
+    dataset = SimpleNamespace(images=images, labels=labels)
+    return DeviceLoader(dataset, AUGMENT, one_of(world_size, rank), batch_size, seed, **options)
 
 
 # --------------------------------------------------------------------------------------- which images
@@ -93,9 +95,19 @@ def test_derive_seeds_differ_in_every_part():
 
 def test_a_data_set_on_the_device_is_that_data_set():
     data = ToyCIFAR(10, train=False)
-    images, labels = to_device(data, torch.device("cpu"))
+    assert to_device(data, torch.device("cpu")) is data
+    images, labels = data.images, data.labels
     assert images.dtype == torch.uint8 and images.shape == (1000, 3, 32, 32) and labels.dtype == torch.int64
     assert np.array_equal(images[700].permute(1, 2, 0), data.data[700]) and labels.tolist() == data.targets
+
+
+def test_labels_of_any_integer_type_and_nothing_else():
+    data, targets = np.zeros((2, 4, 6, 3), np.uint8), np.array([1, 0], np.int32)
+    own = to_device(SimpleNamespace(data=data, targets=targets), torch.device("cpu"))
+    assert own.labels.dtype == torch.int64 and own.labels.tolist() == [1, 0] and own.images.shape == (2, 3, 4, 6)
+    for wrong in (SimpleNamespace(data=data / 255, targets=targets), SimpleNamespace(data=data, targets=targets / 2)):
+        with pytest.raises(TypeError, match="expected uint8 and integers"):
+            to_device(wrong, torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------------- how they look
@@ -105,8 +117,8 @@ def test_a_data_set_on_the_device_is_that_data_set():
 @pytest.mark.parametrize("num_views, rank, batch_size", [(1, 0, 57), (2, 1, 43)])
 def test_one_generator_augments_block_after_block(block, num_views, rank, batch_size, toy, monkeypatch):
     monkeypatch.setattr(batches, "BLOCK", block)
-    images, labels = toy
-    epoch = DeviceLoader(images, labels, AUGMENT, one_of(2, rank), batch_size, 5, num_views).epoch(3, torch.arange(297))
+    images, labels = toy.images, toy.labels
+    epoch = DeviceLoader(toy, AUGMENT, one_of(2, rank), batch_size, 5, num_views).epoch(3, torch.arange(297))
     yielded = list(epoch)
     assert len(yielded) == len(epoch) == len(epoch.indices) == -(-149 // batch_size)
     generator, steps = torch.Generator().manual_seed(derive_seed(5, 3, rank)), max(1, block // batch_size)
@@ -125,7 +137,7 @@ def test_one_generator_augments_block_after_block(block, num_views, rank, batch_
 
 def test_what_is_random_in_the_network_follows_from_seed_epoch_and_process(toy):
     def noise(seed=5, epoch=3, rank=0):
-        of_epoch = DeviceLoader(*toy, AUGMENT, one_of(2, rank), 5, seed).epoch(epoch, torch.arange(30))
+        of_epoch = DeviceLoader(toy, AUGMENT, one_of(2, rank), 5, seed).epoch(epoch, torch.arange(30))
         return [torch.rand(()).item() for _ in of_epoch]
 
     assert noise() == noise() and len(noise()) == 3

@@ -86,7 +86,7 @@ def test_training_equals_a_plainly_written_loop(script, accum_iter, flags, tmp_p
 
     train_set, stage_1 = ToyCIFAR(10), script is pretrain
     subset = torch.arange(len(train_set)) if stage_1 else trained["subset"]
-    loader = DeviceLoader(*to_device(train_set, CPU), SimCLRAugment(16, trained["args"]["jitter_strength"]), one_of(1),
+    loader = DeviceLoader(to_device(train_set, CPU), SimCLRAugment(16, trained["args"]["jitter_strength"]), one_of(1),
                           32, trained["args"]["seed"], views_per_image=2 if stage_1 else 1, drop_last=stage_1)
     epochs = [list(loader.epoch(epoch, subset)) for epoch in range(2)]
     images = sum(len(labels) for _, labels in epochs[0])

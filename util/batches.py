@@ -8,8 +8,19 @@ BLOCK = 1024  # images augmented at once: a batch of stage 1 on CIFAR-10, 16 bat
 
 
 def to_device(dataset, device):
-    """All images as uint8 (N, 3, 32, 32) and all labels as int64 (N,) on `device`."""
-    return torch.from_numpy(dataset.data).to(device).permute(0, 3, 1, 2), torch.tensor(dataset.targets, device=device)
+    """Give a data set its `images`, uint8 (N, 3, H, W), and `labels`, int64 (N,), on `device`. Returns the data set.
+
+    They are made of its `data`, uint8 (N, H, W, 3), and `targets`, N integers of any type.
+
+    Raises:
+        TypeError: `data` are not bytes, or `targets` no integers.
+    """
+    data, targets = np.asarray(dataset.data), np.asarray(dataset.targets)
+    if data.dtype != np.uint8 or not np.issubdtype(targets.dtype, np.integer):
+        raise TypeError(f"data of {data.dtype} and targets of {targets.dtype}, expected uint8 and integers")
+    dataset.images = torch.from_numpy(data).to(device).permute(0, 3, 1, 2)
+    dataset.labels = torch.from_numpy(targets.astype(np.int64)).to(device)
+    return dataset
 
 
 def derive_seed(*key):
@@ -35,7 +46,7 @@ class DeviceLoader:
     """Like a DataLoader, for images that lie on the device and are augmented there.
 
     Args:
-        images, labels: of `to_device`.
+        dataset: has `images` and `labels`, as of `to_device`.
         augment: called as augment(images, generator); see util.augment.
         processes: Processes. Each gets its share of every batch.
         batch_size: images per process and step.
@@ -44,9 +55,9 @@ class DeviceLoader:
         drop_last: leave out an incomplete last batch.
     """
 
-    def __init__(self, images, labels, augment, processes, batch_size, seed, views_per_image=1,
-                 drop_last=False):
-        self.images, self.labels, self.augment, self.processes = images, labels, augment, processes
+    def __init__(self, dataset, augment, processes, batch_size, seed, views_per_image=1, drop_last=False):
+        self.images, self.labels = dataset.images, dataset.labels
+        self.augment, self.processes = augment, processes
         self.batch_size, self.seed, self.views_per_image, self.drop_last = batch_size, seed, views_per_image, drop_last
 
     def steps(self, num_images):
