@@ -4,6 +4,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn
 from torch.nn.utils import get_total_norm
 
@@ -37,6 +38,21 @@ def load_data(run):
         raise UserError(f"--batch_size: found {args.batch_size} images in each of {processes.world_size} process(es), "
                         f"expected at most {len(train_set)} together, the images of the training set")
     return to_device(train_set, run.device), to_device(test_set, run.device)
+
+
+def warm_up_then_cosine(optimizer, epochs, warmup_epochs, min_lr, updates_per_epoch):
+    """A scheduler that raises each learning rate linearly from 0 to its own, then lowers it along half a cosine.
+
+    Call `step_update(number)` before each update, numbered from 0 over the whole run. The rate is its own after
+    `warmup_epochs` and `min_lr` after `epochs`.
+
+    timm counts the warm-up's epochs twice unless it is told that they come before the cosine (`warmup_prefix`), which
+    then has the epochs that remain.
+    """
+    scheduler, _ = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=epochs - warmup_epochs, min_lr=min_lr, warmup_epochs=warmup_epochs, warmup_lr=0,
+        warmup_prefix=True, step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+    return scheduler
 
 
 def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run):

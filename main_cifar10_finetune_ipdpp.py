@@ -16,9 +16,8 @@ the script evaluates a checkpoint instead.
 """
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
 
-from engine import evaluate, load_data, predict, train_one_epoch
+from engine import evaluate, load_data, predict, train_one_epoch, warm_up_then_cosine
 from models import Classifier, create_encoder
 from util.augment import create_augment
 from util.batches import DeviceLoader
@@ -78,10 +77,8 @@ def main(args):
     lr = args.lr or args.blr * run.images_per_update(counts.sum()) / 256
     groups = param_groups_weight_decay(model, args.weight_decay)  # weights decay, biases and norms do not
     optimizer = create_optimizer_v2(groups, args.opt, lr, momentum=0.9, betas=(0.9, 0.95), fused=True)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, "cosine", num_epochs=args.epochs - args.warmup_epochs, min_lr=args.min_lr,
-        warmup_epochs=args.warmup_epochs, warmup_lr=0, warmup_prefix=True,
-        step_on_epochs=False, updates_per_epoch=run.updates_per_epoch(steps))
+    scheduler = warm_up_then_cosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr,
+                                    run.updates_per_epoch(steps))
 
     network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
     subset = torch.arange(len(train_set)) if args.ipdpp_sampler == "none" else run.subset
