@@ -11,7 +11,9 @@ from torch.nn.utils import get_total_norm
 from util.batches import to_device
 from util.errors import UserError
 from util.imbalanced_cifar import DATASETS
-from util.metrics import SHOTS, KNNClassifier, adjust_logits, classification_metrics
+from util.knn import KNNClassifier
+from util.logit_adjustment import adjust_logits
+from util.metrics import SHOTS, classification_metrics
 from util.run import peak_memory
 from util.toy_data import ToyCIFAR
 

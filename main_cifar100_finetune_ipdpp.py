@@ -8,7 +8,7 @@ epochs 19, 39, 59 and 79.
 """
 from main_cifar10_finetune_ipdpp import get_args_parser as cifar10_parser
 from main_cifar10_finetune_ipdpp import main
-from util.options import launch
+from util.run.options import launch
 
 
 def get_args_parser():

@@ -7,7 +7,7 @@ The recipe is that of main_cifar10_lineprob_bns.py, with its defaults but for th
 """
 from main_cifar10_lineprob_bns import get_args_parser as cifar10_parser
 from main_cifar10_lineprob_bns import main
-from util.options import launch
+from util.run.options import launch
 
 
 def get_args_parser():

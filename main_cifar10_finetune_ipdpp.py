@@ -22,10 +22,10 @@ from models import Classifier, create_encoder
 from util.augment import create_augment
 from util.batches import DeviceLoader
 from util.ip_dpp import draw_subset, mixing_steps, true_label_log_probabilities
-from util.metrics import LogitAdjustedLoss
-from util.options import Parser, launch
-from util.reports import describe_draw, show_predictions
+from util.logit_adjustment import LogitAdjustedLoss
 from util.run import Run
+from util.run.log import describe_draw, show_predictions
+from util.run.options import Parser, launch
 
 
 def get_args_parser():

@@ -16,9 +16,9 @@ from models import Classifier, create_encoder
 from util.augment import create_augment
 from util.batches import DeviceLoader
 from util.ip_dpp import draw_subset
-from util.options import Parser, launch
-from util.reports import show_predictions
 from util.run import Run
+from util.run.log import show_predictions
+from util.run.options import Parser, launch
 
 
 def get_args_parser():

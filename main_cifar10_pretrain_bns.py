@@ -17,10 +17,10 @@ from models import BNSNetwork, create_encoder
 from util.augment import SimCLRAugment
 from util.batches import DeviceLoader
 from util.bns_loss import BNSLoss, lowest_temperature
-from util.checkpoint import load_encoder
 from util.errors import UserError
-from util.options import Parser, launch
 from util.run import Run
+from util.run.checkpoint import load_encoder
+from util.run.options import Parser, launch
 
 
 def get_args_parser():

@@ -14,8 +14,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from util.options import launch  # noqa: E402
 from util.run import Run  # noqa: E402
+from util.run.options import launch  # noqa: E402
 from util.toy_data import ToyCIFAR  # noqa: E402
 
 TINY = ["--toy_data", "--model", "test_resnet", "--input_size", "16", "--device", "cpu", "--amp", "none"]
@@ -127,4 +127,4 @@ class Payload:
 def quick_runs(few_images, monkeypatch):
     """The toy data are few, and TensorBoard's figures, which take most of the time of such runs, are blank."""
     for name in ("accuracy_bars", "confusion_heatmap"):
-        monkeypatch.setattr(f"util.reports.{name}", lambda *args: Figure((1, 1)))
+        monkeypatch.setattr(f"util.run.log.{name}", lambda *args: Figure((1, 1)))

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import util.run
 from util.batches import EpochBatches
-from util.checkpoint import load_checkpoint
-from util.options import launch
+from util.run.checkpoint import load_checkpoint
+from util.run.options import launch
 from util.toy_data import ToyCIFAR
 
 STAGES = ("pretrain_bns", "lineprob_bns", "finetune_ipdpp")

@@ -11,10 +11,10 @@ import torch
 from conftest import TINY, Payload, command_line, contents, draw_few
 
 import main_cifar10_pretrain_bns
-from util.checkpoint import load_checkpoint
 from util.errors import UserError
-from util.options import launch
-from util.output_folder import OutputFolder
+from util.run.checkpoint import load_checkpoint
+from util.run.folder import OutputFolder
+from util.run.options import launch
 from util.toy_data import ToyCIFAR
 
 ROOT = Path(__file__).resolve().parent.parent

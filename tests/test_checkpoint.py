@@ -14,8 +14,8 @@ import main_cifar10_finetune_ipdpp
 import main_cifar10_lineprob_bns
 import main_cifar10_pretrain_bns
 from models import BNSNetwork, Classifier, create_encoder
-from util.checkpoint import load_checkpoint, load_weights, save_checkpoint, stage_of
 from util.errors import UserError
+from util.run.checkpoint import load_checkpoint, load_weights, save_checkpoint, stage_of
 from util.toy_data import ToyCIFAR
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}

@@ -19,11 +19,11 @@ from models import BNSNetwork, Classifier, create_encoder
 from util.augment import SimCLRAugment
 from util.batches import DeviceLoader, EpochBatches, to_device
 from util.bns_loss import BNSLoss
-from util.checkpoint import load_checkpoint, load_weights
 from util.errors import UserError
 from util.ip_dpp import KERNELS, draw_subset
-from util.reports import Progress
 from util.run import amp_dtype
+from util.run.checkpoint import load_checkpoint, load_weights
+from util.run.log import Progress
 from util.toy_data import ToyCIFAR
 
 pytestmark = pytest.mark.usefixtures("few_images", "no_pictures")

@@ -12,9 +12,9 @@ import main_cifar10_lineprob_bns as lineprob
 import main_cifar10_pretrain_bns as pretrain
 import main_cifar100_pretrain_bns as pretrain100
 from models import Classifier, create_encoder
-from util.checkpoint import load_checkpoint
 from util.errors import UserError
-from util.metrics import KNNClassifier
+from util.knn import KNNClassifier
+from util.run.checkpoint import load_checkpoint
 from util.toy_data import ToyCIFAR
 
 pytestmark = pytest.mark.usefixtures("few_images", "no_pictures")

@@ -21,7 +21,7 @@ import main_cifar10_lineprob_bns as lineprob
 import main_cifar10_pretrain_bns as pretrain
 from util.auto_augment import source_pixels
 from util.batches import EpochBatches
-from util.reports import Progress
+from util.run.log import Progress
 
 REQUIREMENTS = (Path(__file__).resolve().parents[1] / "requirements.txt").read_text()
 if f"torch=={torch.__version__.partition('+')[0]}" not in REQUIREMENTS or torch.cuda.is_available():

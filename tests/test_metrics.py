@@ -7,15 +7,9 @@ from timm.utils import accuracy
 
 from models import create_encoder
 from util.imbalanced_cifar import ImbalanceCIFAR10, ImbalanceCIFAR100
-from util.metrics import (
-    KNNClassifier,
-    LogitAdjustedLoss,
-    adjust_logits,
-    classification_metrics,
-    confusion_matrix,
-    log_class_shares,
-    shot_groups,
-)
+from util.knn import KNNClassifier
+from util.logit_adjustment import LogitAdjustedLoss, adjust_logits, log_class_shares
+from util.metrics import classification_metrics, confusion_matrix, shot_groups
 
 # three classes with 600, 300 and 100 training images; of their test images 2 of 2, 1 of 3 and 0 of 1 are right
 LOGITS = torch.tensor([[2., 0., 0.], [5., 1., 0.], [0., 3., 1.], [4., 0., 0.], [0., 0., 2.], [0., 1., 0.]])

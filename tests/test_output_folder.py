@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY, command_line, run
 from run_process import STAGES, Run, at_step, finish, signal_self
 
-from util.checkpoint import load_checkpoint, save_checkpoint
+from util.run.checkpoint import load_checkpoint, save_checkpoint
 
 PRETRAIN, LINEPROB, FINETUNE = (f"main_cifar10_{stage}" for stage in STAGES)
 FINAL = "lineprob_bns_cifar10_if100.pth"

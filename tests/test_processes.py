@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import util.run
 from util.batches import DeviceLoader
-from util.checkpoint import load_checkpoint
 from util.errors import UserError
-from util.processes import Processes
+from util.run.checkpoint import load_checkpoint
+from util.run.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import final_file, run
 
-from util.checkpoint import load_checkpoint
+from util.run.checkpoint import load_checkpoint
 
 PRETRAIN, LINEPROB, FINETUNE = (f"main_cifar10_{stage}" for stage in ("pretrain_bns", "lineprob_bns", "finetune_ipdpp"))
 BRIEF = ["--epochs", 1, "--warmup_epochs", 0, "--batch_size", 60]

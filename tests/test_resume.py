@@ -11,7 +11,7 @@ import torch
 from conftest import run
 from run_process import STAGES, at_step, differences, finish, kill_and_resume, signal_self, tensorboard
 
-from util.checkpoint import load_checkpoint
+from util.run.checkpoint import load_checkpoint
 
 PRETRAIN, LINEPROB, FINETUNE = (f"main_cifar10_{stage}" for stage in STAGES)
 

@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, contents, final_file, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util.checkpoint import load_checkpoint
+from util.run.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain_bns", "lineprob_bns", "finetune_ipdpp")

@@ -17,8 +17,8 @@ from torch.utils.tensorboard._utils import figure_to_image
 import main_cifar10_finetune_ipdpp
 import main_cifar10_lineprob_bns
 import main_cifar10_pretrain_bns
-from util.figures import accuracy_bars, confusion_heatmap
-from util.reports import RunLog, class_balanced
+from util.run.log import RunLog, class_balanced
+from util.run.pictures import accuracy_bars, confusion_heatmap
 from util.toy_data import ToyCIFAR
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import time
 import pytest
 from run_process import Run, at_step, finish, signal_self
 
-from util.checkpoint import load_checkpoint
+from util.run.checkpoint import load_checkpoint
 
 
 class Terminal:

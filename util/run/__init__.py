@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from util import flag_checks
-from util.checkpoint import (
+from util.errors import UserError
+from util.run import resume as flag_checks
+from util.run.checkpoint import (
     LATEST,
     load_checkpoint,
     load_encoder,
@@ -23,11 +24,10 @@ from util.checkpoint import (
     save_checkpoint,
     stage_of,
 )
-from util.errors import UserError
-from util.output_folder import OutputFolder
-from util.processes import Processes, keep_freed_memory
-from util.reports import Progress, RunLog
-from util.signals import StopSignal
+from util.run.folder import OutputFolder
+from util.run.log import Progress, RunLog
+from util.run.processes import Processes, keep_freed_memory
+from util.run.signals import StopSignal
 
 PICTURES = 10  # epochs of a run whose evaluation TensorBoard shows as pictures
 LATEST_EVERY = 60.0  # seconds; on a GPU, an epoch can be shorter than the writing of its checkpoint

@@ -11,10 +11,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from util.checkpoint import write_atomically
-from util.figures import accuracy_bars, confusion_heatmap
 from util.ip_dpp import inclusion_probabilities, true_label_log_probabilities
 from util.metrics import confusion_matrix
+from util.run.checkpoint import write_atomically
+from util.run.pictures import accuracy_bars, confusion_heatmap
 
 EPOCH_END = 0.999  # results of epoch e are plotted at e + 0.999: resuming at the next epoch would delete them at e + 1
 PROJECTOR_IMAGES = 1000  # test images in the embedding projector

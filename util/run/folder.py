@@ -5,8 +5,8 @@ import shutil
 import zlib
 from pathlib import Path
 
-from util.checkpoint import LATEST, numbered_checkpoints
 from util.errors import UserError
+from util.run.checkpoint import LATEST, numbered_checkpoints
 
 
 class OutputFolder:

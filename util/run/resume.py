@@ -6,7 +6,7 @@ import timm
 
 from util.errors import UserError
 from util.imbalanced_cifar import DATASETS
-from util.options import RUN_FLAGS
+from util.run.options import RUN_FLAGS
 
 EVAL_FLAGS = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
 DATA_FLAGS = ("dataset", "toy_data", "imbalanced_factor")
