@@ -7,6 +7,7 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from util.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, AugmentParameters, SimCLRAugment
+from util.auto_augment import CropAugment
 
 NEUTRAL_FACTORS = [1.0, 1.0, 1.0, 0.0]
 TORCHVISION_PARTS = {
@@ -214,6 +215,12 @@ def test_images_stay_unchanged_and_no_image_is_no_error():
     SimCLRAugment()(images, generator())
     assert torch.equal(images, kept)
     assert SimCLRAugment()(images[:0], generator()).shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize("augment", [SimCLRAugment(), CropAugment(), CropAugment(auto=True)])
+def test_images_that_are_not_bytes_are_refused(augment):
+    with pytest.raises(TypeError, match="expected torch.uint8"):
+        augment(random_images(3) / 255, generator())
 
 
 @pytest.mark.parametrize("argument, value", [("jitter_strength", 2.6), ("jitter_strength", -0.1), ("size", 1)])

@@ -100,6 +100,11 @@ def test_adjusted_logits_by_hand():
     assert (adjust_logits(logits, counts, tau=0)[:, 3] == -torch.inf).all(), "never predicted"
 
 
+def test_counts_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="1 class_counts for 3 columns"):
+        adjust_logits(torch.zeros(2, 3), [5])
+
+
 def test_equal_adjusted_logits_go_to_the_first_class():
     logits, counts = torch.tensor([[math.log(3), 0.0]]), [75, 25]
     assert adjust_logits(logits.double(), counts)[0].tolist() == pytest.approx([math.log(4), math.log(4)])
@@ -132,7 +137,7 @@ def knn_by_loops(features, labels, queries, num_classes, k, temperature):
             similarities.append((dot / norms, label))
         vote = [0.0] * num_classes
         for similarity, label in sorted(similarities, reverse=True)[:k]:
-            vote[label] += math.exp(similarity / temperature) / (labels == label).sum().item()
+            vote[label] += math.exp((similarity - max(similarities)[0]) / temperature) / (labels == label).sum().item()
         votes.append(vote)
     return votes
 
@@ -147,6 +152,13 @@ def test_knn_equals_loops(k):
     expected = knn_by_loops(features, labels, queries, 4, k, 0.1)
     np.testing.assert_allclose(votes, expected, rtol=1e-4)
     assert votes.argmax(1).tolist() == [max(range(4), key=vote.__getitem__) for vote in expected]
+
+
+def test_knn_at_a_low_temperature_is_the_nearest_neighbour():
+    features, labels = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 5
+    for temperature in (1e-2, 1e-3, 1e-6):
+        votes = KNNClassifier(features, labels, 5, temperature=temperature)(features)
+        assert votes.isfinite().all() and torch.equal(votes.argmax(1), labels)
 
 
 def test_knn_votes_in_float32_under_autocast():

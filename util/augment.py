@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from util.auto_augment import CropAugment
+from util.auto_augment import CropAugment, check_bytes
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 CPU_CHUNK = 128  # images of 32 x 32 whose intermediate results stay in a core's cache
@@ -132,7 +132,8 @@ class SimCLRAugment:
         )
 
     def apply(self, images: Tensor, parameters: AugmentParameters) -> Tensor:
-        """Views, float32 (N, 3, size, size) in [0, 1] on the device of images, uint8 (N, 3, H, W)."""
+        """Views, float32 (N, 3, size, size) in [0, 1] on the device of images, uint8 (N, 3, H, W), or a TypeError."""
+        check_bytes(images)
         if images.is_cuda:
             return self._apply(images, parameters)
         chunks = zip(images.split(CPU_CHUNK), *(p.split(CPU_CHUNK) for p in parameters), strict=True)

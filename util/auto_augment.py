@@ -54,6 +54,11 @@ FULL_MAGNITUDE = {  # at level 9; where the policy has a level, half of the imag
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # colour of CIFAR-10's training images, which fills the hole of Cutout
 
 
+def check_bytes(images):
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}, expected torch.uint8")
+
+
 def move(tensor, device):
     """`tensor`, of the CPU, on `device`. Nothing waits for the transfer."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
@@ -167,7 +172,8 @@ class CropAugment:
         return CropParameters(offset, flip, policy, happens, sign, hole)
 
     def apply(self, images: Tensor, parameters: CropParameters) -> Tensor:
-        """Views, float32 (N, 3, size, size) in [0, 1] on the device of images, uint8 (N, 3, H, W)."""
+        """Views, float32 (N, 3, size, size) in [0, 1] on the device of images, uint8 (N, 3, H, W), or a TypeError."""
+        check_bytes(images)
         if images.shape[2:] != (self.size, self.size):
             images = F.interpolate(images.float(), (self.size, self.size), mode="bilinear", antialias=True)
             images = images.round().clamp(0, 255).byte()

@@ -8,7 +8,8 @@ from torch import nn
 class KNNClassifier(nn.Module):
     """Weighted k-nearest-neighbour classifier (Wu et al., arXiv 1805.01978, section 3.4) for long-tailed neighbours.
 
-    A query's k nearest training images by cosine similarity s vote for their class with weight exp(s / temperature).
+    A query's k nearest training images by cosine similarity s vote for their class with weight exp(s / temperature),
+    up to a factor that all votes of the query share.
     Each vote is divided by the number of training images of its class: among long-tailed neighbours the largest classes
     would otherwise win nearly every vote.
 
@@ -35,6 +36,7 @@ class KNNClassifier(nn.Module):
             similarity = F.normalize(queries.float(), dim=1) @ self.features.T
             nearest, index = similarity.topk(self.k, dim=1)
             voters = self.labels[index]
-            weights = (nearest / self.temperature).exp() / self.class_counts[voters]
+            # Less the nearest one's, so that no temperature is too low for exp; it scales all votes of a query alike.
+            weights = ((nearest - nearest[:, :1]) / self.temperature).exp() / self.class_counts[voters]
             votes = weights.new_zeros(len(queries), len(self.class_counts))
             return votes.scatter_add_(1, voters, weights)

@@ -26,7 +26,12 @@ def adjust_logits(logits, class_counts, tau=1.0):
 
     Returns:
         float (N, C); -inf for a class without images.
+
+    Raises:
+        ValueError: class_counts has another length.
     """
+    if len(class_counts) != logits.shape[1]:
+        raise ValueError(f"{len(class_counts)} class_counts for {logits.shape[1]} columns of logits")
     log_shares = log_class_shares(class_counts).to(logits)
     return (logits - tau * log_shares).masked_fill(log_shares == -torch.inf, -torch.inf)
 
