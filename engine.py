@@ -1,5 +1,4 @@
 """The loops that all recipes share: an epoch of training, prediction, evaluation."""
-import math
 import time
 
 import torch
@@ -14,11 +13,11 @@ from util.imbalanced_cifar import DATASETS
 from util.knn import KNNClassifier
 from util.logit_adjustment import adjust_logits
 from util.metrics import SHOTS, classification_metrics
-from util.run import peak_memory
+from util.run.log import EPOCH_END
+from util.run.processes import peak_memory
 from util.toy_data import ToyCIFAR
 
 EVAL_BATCH = 500  # fixed, so that results do not depend on --batch_size
-ADVICE = "lower --lr or --blr, or try --amp none; checkpoints written before are as they were"
 
 
 def load_data(run):
@@ -27,19 +26,25 @@ def load_data(run):
     Where CIFAR is missing, the first process downloads it.
 
     Raises:
-        UserError: no usable data, or a batch that is larger than the training set.
+        UserError: no usable data, another number of classes, or a batch that is larger than the training set.
     """
-    args, processes = run.args, run.processes
+    args, processes, dataset = run.args, run.processes, DATASETS[run.args.dataset]
+    if args.num_classes != dataset.num_classes:
+        raise UserError(f"--num_classes: found {args.num_classes}, expected {dataset.num_classes}, "
+                        f"which {args.dataset} has")
     if args.toy_data:
-        train_set, test_set = (ToyCIFAR(args.num_classes, args.imbalanced_factor, train) for train in (True, False))
+        sets = [ToyCIFAR(args.num_classes, args.imbalanced_factor, train) for train in (True, False)]
     else:
-        dataset = DATASETS[args.dataset]
-        processes.from_first(dataset.fetch, args.data_root)
-        train_set, test_set = (dataset(args.data_root, args.imbalanced_factor, train) for train in (True, False))
+        try:
+            processes.from_first(dataset.fetch, args.data_root)
+            sets = [dataset(args.data_root, args.imbalanced_factor, train) for train in (True, False)]
+        except (OSError, RuntimeError) as error:  # as torchvision and urllib say it
+            raise UserError(f"--data_root {args.data_root}: {error}; --toy_data needs no files") from error
+    train_set, test_set = (to_device(one, run.device) for one in sets)
     if not args.eval and args.batch_size * processes.world_size > len(train_set):
         raise UserError(f"--batch_size: found {args.batch_size} images in each of {processes.world_size} process(es), "
                         f"expected at most {len(train_set)} together, the images of the training set")
-    return to_device(train_set, run.device), to_device(test_set, run.device)
+    return train_set, test_set
 
 
 def warm_up_then_cosine(optimizer, epochs, warmup_epochs, min_lr, updates_per_epoch):
@@ -68,9 +73,6 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
 
     Returns:
         dict for log.txt: `train_loss`, the mean over the steps; `train_lr`, of the last update; `train_images`.
-
-    Raises:
-        UserError: the loss or a weight is not finite.
     """
     network.train()
     losses, rates, norms = [], [], []
@@ -82,16 +84,13 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
         if step_in_update == 0:
             scheduler.step_update(epoch * run.updates_per_epoch(steps) + update)
             optimizer.zero_grad(set_to_none=True)
-        with run.sync_gradients(updates_now):
-            with run.autocast():
-                outputs = network(*views)
-            loss = criterion(*outputs, labels) if isinstance(outputs, tuple) else criterion(outputs, labels)
-            run.scaler.scale(loss / steps_in_update).backward()
+        with run.autocast():
+            outputs = network(*views)
+        loss = criterion(*outputs, labels) if isinstance(outputs, tuple) else criterion(outputs, labels)
+        run.scaler.scale(loss / steps_in_update).backward()
         losses.append(loss.detach())
         num_images += len(labels)
         if run.progress.due():
-            if run.processes.world_size == 1:  # several processes find out together, after the epoch
-                check_finite(loss.item(), epoch)
             run.progress.show(f"epoch {epoch}  step {step + 1}/{steps}  loss {loss.item():.4f}")
         if updates_now:
             run.scaler.unscale_(optimizer)
@@ -105,57 +104,31 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
     curves = {"train_loss": run.processes.mean(torch.stack(losses)), "lr": torch.tensor(rates),
               "train/gradient_norm": torch.stack(norms)}  # of the mean gradient, the same in all processes
     train_loss = curves["train_loss"].double().mean().item()
-    check_finite(train_loss, epoch, run.model)
     num_images *= run.processes.world_size
     speed = num_images / (time.monotonic() - began)
     run.log.steps(curves, epoch)
-    run.log.results({"images_per_second": speed, "peak_memory_gib": peak_memory(run.device)}, epoch)
+    run.log.scalars({"train/images_per_second": speed, "train/peak_memory_gib": peak_memory(run.device)},
+                    epoch + EPOCH_END)
     run.progress.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {rates[-1]:.6f}  {speed:,.0f} images/s")
     return {"train_loss": train_loss, "train_lr": rates[-1], "train_images": num_images}
-
-
-def check_finite(loss, epoch, model=None):
-    """Raise UserError if the loss, or a weight of `model`, is not finite. Called before saving."""
-    if not math.isfinite(loss):
-        raise UserError(f"the loss became {loss} in epoch {epoch}, expected a finite one: {ADVICE}")
-    if model is not None and not torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
-        raise UserError(f"a weight stopped being finite in epoch {epoch}: {ADVICE}")
 
 
 @torch.inference_mode()
 def predict(network, inputs, run, batch_size=EVAL_BATCH):
     """Outputs of `network` in eval mode for images or features: float32 (N, ...) on the device.
 
-    The processes share the work, and each gets all outputs. uint8 images (N, 3, H, W) become floats in [0, 1] and are
-    resized to --input_size.
-
-    Raises:
-        UserError: an output is not finite.
+    uint8 images (N, 3, H, W) become floats in [0, 1] and are resized to --input_size, square.
     """
     network.eval()
-    outputs, processes, size = None, run.processes, run.args.input_size
-    for number, start in enumerate(range(0, len(inputs), batch_size)):
-        is_mine = number % processes.world_size == processes.rank
-        if not is_mine and outputs is not None:
-            continue
-        batch = inputs[start:start + batch_size]
+    outputs, size = [], (run.args.input_size, run.args.input_size)
+    for batch in inputs.split(batch_size):
         if batch.dtype == torch.uint8:
             batch = batch.float().div(255).contiguous(memory_format=torch.channels_last)
-            if batch.shape[-1] != size:
-                batch = F.interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
+            if batch.shape[2:] != size:
+                batch = F.interpolate(batch, size=size, mode="bilinear", antialias=True)
         with run.autocast():
-            output = network(batch).float()
-        if outputs is None:
-            outputs = output.new_zeros(len(inputs), *output.shape[1:])
-        if is_mine:
-            outputs[start:start + batch_size] = output
-    outputs = processes.sum(outputs)
-    if not outputs.isfinite().all():
-        if run.args.eval:
-            raise UserError(f"--eval {run.args.eval}: found outputs that are not finite, expected finite ones: "
-                            "try --amp none")
-        raise UserError(f"the network's outputs are not finite, expected finite ones: {ADVICE}")
-    return outputs
+            outputs.append(network(batch).float())
+    return torch.cat(outputs)
 
 
 def evaluate(logits, test_set, train_set, counts, tau, run):
@@ -182,8 +155,9 @@ def evaluate(logits, test_set, train_set, counts, tau, run):
         run.say(accuracy_line(f"* logit-adjusted (tau {tau:g}):", adjusted))
         stats |= {f"test_adjusted_{name}": adjusted[name] for name in ("acc1", *SHOTS)}
     if run.args.eval:
-        run.say("accuracy per class, in order of training images: "
-                + " ".join(f"{fraction:.3f}" for fraction in metrics["per_class"]))
+        by_size = (-train_set.class_counts).argsort(kind="stable")
+        per_class = [fraction_text(metrics["per_class"][c]) for c in by_size]
+        run.say(f"accuracy per class, in order of training images: {' '.join(per_class)}")
     return stats
 
 
@@ -200,9 +174,13 @@ def evaluate_knn(encoder, train_set, test_set, run):
     return {f"knn_{name}": metrics[name] for name in ("acc1", *SHOTS)}
 
 
+def fraction_text(fraction):
+    return "none" if fraction is None else f"{fraction:.3f}"
+
+
 def shot_texts(metrics):
     """Pairs such as ("Many", "0.538"); "none" where there is no such class."""
-    return [(name.capitalize(), "none" if metrics[name] is None else f"{metrics[name]:.3f}") for name in SHOTS]
+    return [(name.capitalize(), fraction_text(metrics[name])) for name in SHOTS]
 
 
 def accuracy_line(title, metrics):

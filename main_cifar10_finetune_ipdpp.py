@@ -24,8 +24,9 @@ from util.batches import DeviceLoader
 from util.ip_dpp import draw_subset, mixing_steps, true_label_log_probabilities
 from util.logit_adjustment import LogitAdjustedLoss
 from util.run import Run
-from util.run.log import describe_draw, show_predictions
+from util.run.checkpoint import load_weights
 from util.run.options import Parser, launch
+from util.run.pictures import describe_draw, show_predictions
 
 
 def get_args_parser():
@@ -49,7 +50,11 @@ def get_args_parser():
 
 
 def main(args):
-    run = Run(args)
+    with Run(args) as run:
+        return finetune(args, run)
+
+
+def finetune(args, run):
     train_set, test_set = load_data(run)
     # Images per class that are trained on. Logit adjustment subtracts tau * log(share of the class) from test logits.
     counts = train_set.class_counts
@@ -64,10 +69,8 @@ def main(args):
     criterion.to(run.device)
 
     if args.eval:
-        run.load_evaluated(model)
-        metrics = evaluate(predict(model, test_set.images, run), test_set, train_set, counts, tau, run)
-        run.processes.end()
-        return metrics
+        load_weights(model, run.evaluated["model"], f"--eval {args.eval}")
+        return evaluate(predict(model, test_set.images, run), test_set, train_set, counts, tau, run)
 
     augment = create_augment(args.augment, args.input_size, args.jitter_strength, args.min_crop)
     loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed)
@@ -85,7 +88,7 @@ def main(args):
     if args.ipdpp_sampler == "mcmc":
         run.say(f"--mcmc_steps {args.mcmc_steps}: the chain mixes in about {mixing_steps(args.num_samples)} steps; "
                 "after far fewer, draws lie between uniform and exact ones")
-    for epoch in range(run.start_epoch, args.epochs):
+    for epoch in run.epochs():
         # Draw before the first epoch and every --sampling_freq epochs (before epochs 9, 19, ..., as in the published
         # code), but not before the last.
         redraw = (epoch + 1) % args.sampling_freq == 0 and epoch < args.epochs - 1
@@ -95,7 +98,7 @@ def main(args):
             log_p = true_label_log_probabilities(train_logits, train_set.labels)
             previous = subset
             subset = run.processes.from_first(
-                draw_subset, log_p, train_set.targets, args.num_samples, (args.seed, epoch),
+                draw_subset, log_p, train_set.labels.cpu(), args.num_samples, (args.seed, epoch),
                 args.ipdpp_sampler, args.ipdpp_kernel, args.mcmc_steps)
             kernel = None if args.ipdpp_sampler == "uniform" else args.ipdpp_kernel
             draw_stats = describe_draw(run.log, epoch, train_logits, train_set, subset, previous, kernel)
@@ -105,9 +108,9 @@ def main(args):
             features = predict(model.enc, test_set.images, run)
             logits = predict(model.lin, features, run)
             stats |= evaluate(logits, test_set, train_set, counts, tau, run)
-            if run.shows_pictures(epoch):
-                show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
-        run.end_epoch(epoch, stats, subset)
+        run.end_epoch(epoch, stats, subset)  # writes log.txt and, if it is time, a checkpoint
+        if run.evaluates(epoch) and run.shows_pictures(epoch):
+            show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
     return run.finish()
 
 

@@ -17,8 +17,9 @@ from util.augment import create_augment
 from util.batches import DeviceLoader
 from util.ip_dpp import draw_subset
 from util.run import Run
-from util.run.log import show_predictions
+from util.run.checkpoint import load_weights
 from util.run.options import Parser, launch
+from util.run.pictures import show_predictions
 
 
 def get_args_parser():
@@ -41,7 +42,11 @@ def get_args_parser():
 
 
 def main(args):
-    run = Run(args)
+    with Run(args) as run:
+        return probe(args, run)
+
+
+def probe(args, run):
     train_set, test_set = load_data(run)
     counts = train_set.class_counts.clip(max=args.num_samples)  # images per class that are trained on
 
@@ -51,11 +56,9 @@ def main(args):
     criterion = torch.nn.CrossEntropyLoss()
 
     if args.eval:
-        run.load_evaluated(model)
+        load_weights(model, run.evaluated["model"], f"--eval {args.eval}")
         logits = predict(model, test_set.images, run)
-        metrics = evaluate(logits, test_set, train_set, counts, args.logit_adjustment, run)
-        run.processes.end()
-        return metrics
+        return evaluate(logits, test_set, train_set, counts, args.logit_adjustment, run)
 
     augment = create_augment(args.augment, args.input_size, args.jitter_strength, args.min_crop)
     loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed)
@@ -72,17 +75,17 @@ def main(args):
     subset = run.subset
     if subset is None:
         subset = run.processes.from_first(
-            draw_subset, None, train_set.targets, args.num_samples, (args.seed, 0), "uniform")
+            draw_subset, None, train_set.labels.cpu(), args.num_samples, (args.seed, 0), "uniform")
     features = predict(model.enc, test_set.images, run)  # once, since the encoder never changes
-    for epoch in range(run.start_epoch, args.epochs):
+    for epoch in run.epochs():
         batches = loader.epoch(epoch, subset)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run)
         if run.evaluates(epoch):
             logits = predict(model.lin, features, run)
             stats |= evaluate(logits, test_set, train_set, counts, args.logit_adjustment, run)
-            if run.shows_pictures(epoch):
-                show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
-        run.end_epoch(epoch, stats, subset)
+        run.end_epoch(epoch, stats, subset)  # writes log.txt and, if it is time, a checkpoint
+        if run.evaluates(epoch) and run.shows_pictures(epoch):
+            show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
     return run.finish()
 
 

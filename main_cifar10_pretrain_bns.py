@@ -16,8 +16,7 @@ from engine import evaluate_knn, load_data, train_one_epoch, warm_up_then_cosine
 from models import BNSNetwork, create_encoder
 from util.augment import SimCLRAugment
 from util.batches import DeviceLoader
-from util.bns_loss import BNSLoss, lowest_temperature
-from util.errors import UserError
+from util.bns_loss import BNSLoss
 from util.run import Run
 from util.run.checkpoint import load_encoder
 from util.run.options import Parser, launch
@@ -42,7 +41,11 @@ def get_args_parser():
 
 
 def main(args):
-    run = Run(args)
+    with Run(args) as run:
+        return pretrain(args, run)
+
+
+def pretrain(args, run):
     train_set, test_set = load_data(run)
 
     torch.manual_seed(args.seed)
@@ -52,14 +55,7 @@ def main(args):
 
     if args.eval:
         load_encoder(model.enc, run.evaluated, f"--eval {args.eval}")
-        metrics = evaluate_knn(model.enc, train_set, test_set, run)
-        run.processes.end()
-        return metrics
-
-    lowest = lowest_temperature(2 * args.batch_size * run.processes.world_size)
-    if args.bns_form == "published" and args.temperature < lowest:
-        raise UserError(f"--temperature: found {args.temperature:g}, expected at least {lowest:.4f}, since lower "
-                        "ones overflow float32 in batches of this size")
+        return evaluate_knn(model.enc, train_set, test_set, run)
 
     # Two views of each image; an epoch's incomplete last batch is left out.
     augment = SimCLRAugment(args.input_size, args.jitter_strength, args.min_crop)
@@ -81,12 +77,12 @@ def main(args):
         (first, second), _ = next(iter(loader.epoch(0, all_indices)))
         views = torch.stack((first[:32], second[:32]), dim=1).flatten(0, 1)
         run.log.images("input/two views of each image, side by side", views.cpu(), 0)
-    for epoch in range(run.start_epoch, args.epochs):
+    for epoch in run.epochs():
         batches = loader.epoch(epoch, all_indices)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run)
         if run.evaluates(epoch):
             stats |= evaluate_knn(model.enc, train_set, test_set, run)
-        run.end_epoch(epoch, stats)
+        run.end_epoch(epoch, stats)  # writes log.txt and, if it is time, a checkpoint
     return run.finish()
 
 

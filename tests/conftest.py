@@ -127,4 +127,4 @@ class Payload:
 def quick_runs(few_images, monkeypatch):
     """The toy data are few, and TensorBoard's figures, which take most of the time of such runs, are blank."""
     for name in ("accuracy_bars", "confusion_heatmap"):
-        monkeypatch.setattr(f"util.run.log.{name}", lambda *args: Figure((1, 1)))
+        monkeypatch.setattr(f"util.run.pictures.{name}", lambda *args: Figure((1, 1)))

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import run
 from run_process import STAGES, at_step, differences, finish, kill_and_resume, signal_self, tensorboard
 
+from util.errors import UserError
 from util.run.checkpoint import load_checkpoint
 
 PRETRAIN, LINEPROB, FINETUNE = (f"main_cifar10_{stage}" for stage in STAGES)
@@ -39,7 +41,7 @@ def test_killed_and_resumed_run_ends_as_one_left_alone(stage, tmp_path):
 
 
 @pytest.mark.slow
-def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path):
+def test_full_disk_ends_the_run_in_a_line_and_leaves_what_was_saved(tmp_path):
     flags = ["--epochs", 4, "--save_freq", 1, "--resume", "auto"]
     finish("pretrain_bns", tmp_path / "reference", *flags)
     finish("pretrain_bns", tmp_path / "full", *flags, code=-signal.SIGKILL,
@@ -47,43 +49,56 @@ def test_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path)
     kept = sorted((tmp_path / "full").glob("*.pth"))
 
     output = finish("pretrain_bns", tmp_path / "full", *flags, code=2, largest_file=2**20)
-    assert "could not write" in output and "File too large" in output and "training goes on" in output
-    assert "epoch 3  train_loss" in output and "Traceback" not in output
-    assert sorted((tmp_path / "full").glob("*.pth")) == kept
+    assert re.search(r"error: .*could not write: File too large: '.*checkpoint-2.pth'\n$", output)
+    assert "Traceback" not in output and sorted((tmp_path / "full").glob("*.pth")) == kept
     finish("pretrain_bns", tmp_path / "full", *flags)
     assert differences(tmp_path / "full", tmp_path / "reference", "pretrain_bns") == []
 
 
-def die_before_second_checkpoint():
-    replace, written = os.replace, []
+def die_before_the_final_file():
+    replace = os.replace
 
     def replace_or_die(source, target):
-        if target.suffix == ".pth":
-            written.append(target)
-        if len(written) == 2:
+        if target.name.startswith("lineprob"):
             signal_self(signal.SIGKILL)
         replace(source, target)
     os.replace = replace_or_die
 
 
 @pytest.mark.slow
-def test_killed_between_the_two_files_of_the_last_epoch(tmp_path):
+def test_killed_before_the_final_file(tmp_path):
     flags, killed = ["--epochs", 1, "--resume", "auto"], -signal.SIGKILL
-    finish("lineprob_bns", tmp_path, *flags, code=killed, latest_every=60.0, prepare=die_before_second_checkpoint)
-    assert [path.name for path in tmp_path.glob("*.pth")] == ["lineprob_bns_cifar10_if100.pth"]
+    finish("lineprob_bns", tmp_path, *flags, code=killed, prepare=die_before_the_final_file)
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint-0.pth"]
     assert "nothing left to train" in finish("lineprob_bns", tmp_path, *flags)
+    assert load_checkpoint(tmp_path / "lineprob_bns_cifar10_if100.pth")["epoch"] == 0
 
 
-def test_auto_passes_over_damaged_files_and_finds_the_newest_good_one(quick_runs, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_counts(quick_runs, tmp_path, capsys):
     flags = ["--epochs", 3, "--num_samples", 10, "--save_freq", 1, "--resume", "auto"]
     run(LINEPROB, tmp_path, *flags)
-    assert "no checkpoint" in capsys.readouterr().out
-    good = tmp_path / "checkpoint-1.pth"
-    for path in (tmp_path / "checkpoint-2.pth", tmp_path / "lineprob_bns_cifar10_if100.pth"):
-        path.write_bytes(good.read_bytes()[:-1000])
+    damaged = tmp_path / "checkpoint-2.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="checkpoint-2.pth: no checkpoint.*delete it to go on from the one before"):
+        run(LINEPROB, tmp_path, *flags)
+    damaged.unlink()
     run(LINEPROB, tmp_path, *flags)
-    output = capsys.readouterr().out
-    assert output.count("passed over") == 2 and f"continuing {good} in epoch 2" in output
+    assert f"continuing {tmp_path / 'checkpoint-1.pth'} in epoch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--resume FILE --resume auto", "--resume auto FILE", "--resume FILE auto",
+                                   "--resume auto --encoder FILE"])
+def test_auto_beside_a_file(flags, quick_runs, tmp_path, capsys):
+    """A checkpoint of the folder comes first; without one, the file counts, in whatever order they are given."""
+    run(PRETRAIN, tmp_path / "p", "--epochs", 1, "--batch_size", 60)
+    file = tmp_path / "p" / "pretrain_bns_cifar10_if100.pth"
+    flags = flags.replace("FILE", str(file)).split()
+    run(LINEPROB, tmp_path / "l", "--num_samples", 5, "--epochs", 1, *flags)
+    assert f"starting from the encoder of {file}\n" in capsys.readouterr().out
+    given, probed = (load_checkpoint(path)["model"] for path in (file, tmp_path / "l" / "checkpoint-0.pth"))
+    assert torch.equal(given["enc.conv1.weight"], probed["enc.conv1.weight"])
+    run(LINEPROB, tmp_path / "l", "--num_samples", 5, "--epochs", 2, *flags)
+    assert f"continuing {tmp_path / 'l' / 'checkpoint-0.pth'} in epoch 1\n" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- stopped by a signal
@@ -101,11 +116,11 @@ def test_stopped_amid_an_epoch_and_resumed_run_ends_as_one_left_alone(stage, sig
     flags = ["--epochs", 4, "--save_freq", 50]
     finish(stage, tmp_path / "reference", *flags)
 
-    stopped = functools.partial(finish, stage, tmp_path / "stopped", *flags, latest_every=60.0)
+    stopped = functools.partial(finish, stage, tmp_path / "stopped", *flags, save_every=60.0)
     output = stopped(code=128 + signum, prepare=stop_amid(1, signum))
     assert f"{signum.name}: stopping after this epoch" in output
     assert output.splitlines()[-1] == "stopped after epoch 1; add --resume auto to the command to go on from there"
-    assert load_checkpoint(tmp_path / "stopped" / "checkpoint-latest.pth")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "stopped" / "checkpoint-1.pth")["epoch"] == 1
     assert epochs(tmp_path / "stopped") == [0, 1]
     # Killed after epoch 2 was logged and before it was saved: it is trained and logged a second time.
     stopped("--resume", "auto", code=-signal.SIGKILL, prepare=stop_amid(3, signal.SIGKILL))
@@ -132,7 +147,7 @@ def test_changed_flags_are_said_aloud_and_obeyed(quick_runs, tmp_path, capsys):
     flags = ["--num_samples", 10, "--batch_size", 20]
     run(LINEPROB, tmp_path, *flags, "--epochs", 2)
     run(LINEPROB, tmp_path, *flags, "--epochs", 4, "--lr", "0.125", "--batch_size", 58, "--warmup_epochs", 0,
-        "--resume", tmp_path / "checkpoint-1.pth")
+        "--resume", "auto")
     output = capsys.readouterr().out
     for line in ("--epochs: 2 in the checkpoint, 4 from here on", "--lr: None in the checkpoint, 0.125 from here on",
                  "--batch_size: 20 in the checkpoint, 58 from here on"):
@@ -177,14 +192,6 @@ def test_changed_accum_iter_has_the_rate_of_its_own_updates(quick_runs, tmp_path
     assert rates == learning_rates(tmp_path / "whole") and len(rates) == 2 * 3 and len(set(rates.values())) > 3
 
 
-def test_start_epoch_repeats_no_epoch_of_a_run_that_began_late(quick_runs, tmp_path, capsys):
-    flags = ["--num_samples", 5, "--save_freq", 1]
-    run(LINEPROB, tmp_path, *flags, "--epochs", 4, "--start_epoch", 2)
-    assert "--start_epoch 2: continues no run" in capsys.readouterr().out
-    run(LINEPROB, tmp_path, *flags, "--epochs", 5, "--start_epoch", 3, "--resume", tmp_path / "checkpoint-3.pth")
-    assert epochs(tmp_path) == [2, 3, 4]
-
-
 def test_model_with_a_parameter_that_is_never_used(quick_runs, tmp_path, monkeypatch, capsys):
     script = importlib.import_module(FINETUNE)
     create = script.create_encoder
@@ -201,13 +208,6 @@ def test_model_with_a_parameter_that_is_never_used(quick_runs, tmp_path, monkeyp
     assert "starts afresh" not in capsys.readouterr().out
     whole, parts = (load_checkpoint(tmp_path / folder / "checkpoint-1.pth")["model"] for folder in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_start_epoch_draws_for_itself(quick_runs, tmp_path):
-    flags = ["--num_samples", 5, "--save_freq", 1, "--sampling_freq", 50]
-    run(FINETUNE, tmp_path, *flags, "--epochs", 3)
-    run(FINETUNE, tmp_path, *flags, "--epochs", 4, "--start_epoch", 1, "--resume", tmp_path / "checkpoint-2.pth")
-    assert [record["epoch"] for record in records(tmp_path) if "drawn" in record] == [0, 1]
 
 
 def test_tensorboard_has_each_epoch_once(quick_runs, tmp_path):
@@ -232,19 +232,6 @@ def test_nothing_left_to_train_writes_the_final_file(quick_runs, tmp_path, capsy
     assert all(torch.equal(value, trained[name]) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("script, flags, said", [
-    (FINETUNE, ("--ipdpp_sampler", "none", "--num_samples", 5),
-     ["--num_samples has no effect with --ipdpp_sampler none"]),
-    (FINETUNE, ("--ipdpp_sampler", "uniform", "--num_samples", 5, "--mcmc_steps", 9, "--ipdpp_kernel", "paper"),
-     [f"--{name} has no effect with --ipdpp_sampler uniform" for name in ("ipdpp_kernel", "mcmc_steps")]),
-    (LINEPROB, ("--lr", 1e-3, "--blr", 1e-2), ["--blr has no effect with --lr 0.001"]),
-    (FINETUNE, ("--num_samples", 5, "--lr", 1e-3), []), (LINEPROB, ("--num_samples", 5, "--blr", 1e-3), [])])
-def test_flags_without_effect_are_named(script, flags, said, quick_runs, tmp_path, capsys):
-    run(script, tmp_path, "--epochs", 1, *flags)
-    assert [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line] == said
-
-
-def test_auto_without_a_checkpoint_says_so_and_no_more(quick_runs, tmp_path, capsys):
+def test_auto_without_a_checkpoint_says_so(quick_runs, tmp_path, capsys):
     run(LINEPROB, tmp_path, "--epochs", 1, "--num_samples", 5, "--resume", "auto")
-    output = capsys.readouterr().out
-    assert f"--resume auto: no checkpoint in {tmp_path}, starting afresh" in output and "no --resume" not in output
+    assert f"--resume auto: no checkpoint in {tmp_path} yet" in capsys.readouterr().out

@@ -64,7 +64,7 @@ AUTHORS = {
 # The paper's recipe: the flags that all scripts share, then those of each. One departure: a numbered checkpoint every
 # 10 epochs of the later stages, not every 1 or 5.
 SHARED = {"imbalanced_factor": 100, "input_size": 32, "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0,
-          "accum_iter": 1, "start_epoch": None, "resume": None, "toy_data": False, "amp": "auto", "device": "auto",
+          "accum_iter": 1, "resume": None, "toy_data": False, "amp": "auto", "device": "auto",
           "compile": False, "deterministic": False, "eval": None, "log_dir": None, "overwrite": False}
 EACH = ("epochs", "batch_size", "warmup_epochs", "seed", "save_freq", "jitter_strength")
 DEFAULTS = {"main_cifar10_pretrain_bns": (1000, 1024, 20, 0, 50, 2),

@@ -1,7 +1,8 @@
 """What TensorBoard shows of each stage: curves and where they lie, pictures, the projector, the table of flags."""
 import io
 import json
-import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch.utils.tensorboard._utils import figure_to_image
 import main_cifar10_finetune_ipdpp
 import main_cifar10_lineprob_bns
 import main_cifar10_pretrain_bns
-from util.run.log import RunLog, class_balanced
-from util.run.pictures import accuracy_bars, confusion_heatmap
+from util.run.log import RunLog
+from util.run.pictures import accuracy_bars, class_balanced, confusion_heatmap
 from util.toy_data import ToyCIFAR
 
 pytestmark = pytest.mark.slow
@@ -204,19 +205,43 @@ def test_class_balanced_takes_as_many_of_each_class():
     assert chosen.tolist() == sorted(chosen.tolist())
 
 
-def test_logs_that_cannot_be_written_end_no_training(tmp_path, capsys):
+def test_a_picture_that_fails_ends_no_training(tmp_path, capsys):
     def disk_full(*_):
         raise OSError("No space left on device")
 
-    log = RunLog(tmp_path / "folder", tmp_path / "events")
-    log.write_history([{"epoch": 0}])  # there is no such folder yet
+    log = RunLog(tmp_path, tmp_path / "events")
     log.writer.add_scalar = disk_full
     for _ in range(2):
         log.results({"test_acc1": 50.0}, 0)
-        log.close()
-    errors = capsys.readouterr().err.splitlines()
-    assert [re.match("could not write (.*?): ", error)[1] for error in errors] == [
-        str(tmp_path / "folder" / "log.txt"), "TensorBoard"]
-    (tmp_path / "folder").mkdir()
-    log.write_history([{"epoch": 0}, {"epoch": 1}])
-    assert (tmp_path / "folder" / "log.txt").read_text().count("\n") == 2
+    log.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "TensorBoard lacks something (scalars): OSError: No space left on device"] * 2
+
+
+def test_figures_need_no_backend_of_matplotlib(tmp_path, monkeypatch, few_images):
+    """A notebook sets MPLBACKEND to a module that this environment may lack."""
+    program = """
+import os, sys
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.that_is_absent"
+import numpy as np
+from util.run.log import RunLog
+from util.run.pictures import accuracy_bars
+from pathlib import Path
+log = RunLog(Path(sys.argv[1]), Path(sys.argv[1]))
+log.figure("bars", accuracy_bars(np.eye(3, dtype=int), [9, 5, 1], (6, 3), list("abc")), 0)
+log.close()
+"""
+    subprocess.run([sys.executable, "-c", program, tmp_path], cwd=Path(__file__).parents[1], check=True)
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert events.Tags()["images"] == ["bars"]
+
+
+def test_images_that_are_not_square_reach_the_final_file(tmp_path, monkeypatch, few_images):
+    def tall(self, *args, **kwargs):
+        draw_few(self, *args, **kwargs)
+        self.data = np.concatenate([self.data, self.data[:, :16]], axis=1)  # 48 x 32
+
+    monkeypatch.setattr(ToyCIFAR, "__init__", tall)
+    run(main_cifar10_finetune_ipdpp, tmp_path, "--num_samples", 5, "--sampling_freq", 1)
+    assert (tmp_path / "finetune_ipdpp_cifar10_if100.pth").exists()
+    assert (tmp_path / f"0000{EPOCHS}" / "test_features" / "sprite.png").exists()

@@ -5,13 +5,20 @@ import os
 import re
 import signal
 import struct
+import subprocess
+import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
+from conftest import TINY
+from conftest import run as run_here
 from run_process import Run, at_step, finish, signal_self
 
 from util.run.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Terminal:
@@ -64,12 +71,13 @@ def test_progress_fits_a_line_of_the_terminal(columns, tmp_path):
 @pytest.mark.slow
 def test_closed_terminal_saves_and_ends_the_run(tmp_path):
     terminal = Terminal()
-    run = Run("pretrain_bns", tmp_path / "run", "--epochs", 10000, "--save_freq", 10000, latest_every=60.0,
+    run = Run("pretrain_bns", tmp_path / "run", "--epochs", 10000, "--save_freq", 10000, save_every=60.0,
               prepare=functools.partial(move_into, terminal.name))
     assert run.wait_until(lambda: terminal.shows("epoch 2  train_loss"))
     terminal.close()
     assert run.end() == 128 + signal.SIGHUP
-    assert load_checkpoint(tmp_path / "run" / "checkpoint-latest.pth")["epoch"] >= 2
+    saved, = (tmp_path / "run").glob("checkpoint-*.pth")
+    assert load_checkpoint(saved)["epoch"] >= 2
 
 
 def ignore_hangups():
@@ -82,3 +90,38 @@ def ignore_hangups():
 def test_run_under_nohup_goes_on(tmp_path):
     output = finish("pretrain_bns", tmp_path / "run", "--epochs", 3, prepare=ignore_hangups)
     assert "epoch 2  train_loss" in output and "stopping" not in output
+
+
+def lose_terminal(name):
+    """The terminal is closed, and no signal says so, as for a run that its shell has disowned."""
+    move_into(name)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@pytest.mark.slow
+def test_run_whose_terminal_has_gone_goes_on_in_silence(tmp_path):
+    terminal = Terminal()
+    run = Run("pretrain_bns", tmp_path / "run", "--epochs", 6, prepare=functools.partial(lose_terminal, terminal.name))
+    assert run.wait_until(lambda: terminal.shows("epoch 1  train_loss"))
+    terminal.close()
+    assert run.end() == 0 and (tmp_path / "run" / "pretrain_bns_cifar10_if100.pth").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", ["| head -n 1", "> /dev/full", ">&-", ">&- 2>&-"])
+def test_run_whose_output_cannot_be_written_goes_on(redirection, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*TINY, "--epochs", "2", "--batch_size", "256", "--output_dir", str(folder)]
+    command = f"{sys.executable} main_cifar10_pretrain_bns.py {' '.join(flags)} {redirection}"
+    end = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert "Error" not in end.stderr and (folder / "pretrain_bns_cifar10_if100.pth").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--help", "--eval FILE"])
+def test_into_head(flags, quick_runs, tmp_path):
+    run_here("main_cifar10_lineprob_bns", tmp_path, "--epochs", 1, "--num_samples", 5)
+    flags = flags.replace("FILE", str(tmp_path / "lineprob_bns_cifar10_if100.pth"))
+    command = f"{sys.executable} main_cifar10_lineprob_bns.py {flags} --device cpu | head -n 1"
+    end = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert end.stdout.count("\n") == 1 and end.stderr == ""

@@ -1,14 +1,7 @@
 """CIFAR-10-LT and CIFAR-100-LT: torchvision's CIFAR with a training set cut to an exponential class distribution."""
 
-import http.client
-import os
-import socket
-from contextlib import suppress
-from pathlib import Path
-
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity
 
 from util.errors import UserError
 
@@ -23,7 +16,8 @@ def long_tailed_counts(num_classes, n_max, imbalanced_factor):
     if not 1 <= imbalanced_factor <= n_max:
         raise UserError(f"--imbalanced_factor {imbalanced_factor:g}: expected a number from 1 (balanced) to {n_max}, "
                         f"the images of the largest class")
-    return np.array([int(n_max * (1 / imbalanced_factor) ** (c / (num_classes - 1))) for c in range(num_classes)])
+    shares = [(1 / imbalanced_factor) ** (c / (num_classes - 1)) for c in range(num_classes)]
+    return np.array([max(1, int(n_max * share)) for share in shares])  # 49 * (1 / 49) is less than 1
 
 
 def long_tailed_indices(targets, counts):
@@ -46,17 +40,13 @@ class LongTailedMixin:
 
     Attributes: `data` uint8 (N, 32, 32, 3), `targets` list of N ints, `class_counts` int64 (num_classes,),
     `shot_thresholds` (many above, few below) in training images per class.
-    Raises UserError for a bad factor and for files that are absent, unreadable or not the originals. No file is
-    unpickled before its MD5 has been checked, and no download replaces an unpacked file that was there.
+    Raises UserError for a bad factor, and what torchvision raises for files that are absent or not the originals.
     """
 
     def __init__(self, root, imbalanced_factor=100.0, train=True, transform=None, target_transform=None,
                  download=False):
         counts = long_tailed_counts(self.num_classes, self.n_max, imbalanced_factor)
-        try:
-            super().__init__(root, train, transform, target_transform, download)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise self._user_error(f"no usable {self.base_folder} ({error})") from error
+        super().__init__(root, train, transform, target_transform, download)
         kept = long_tailed_indices(self.targets, counts) if train else np.arange(len(self.data))
         self.data = np.ascontiguousarray(self.data[kept])  # torchvision's is a transposed view
         self.targets = [self.targets[i] for i in kept]
@@ -64,37 +54,8 @@ class LongTailedMixin:
 
     @classmethod
     def fetch(cls, root):
-        """Download the data set to `root` unless it is there. Raises UserError as the class does."""
+        """Download the data set to `root` unless it is there."""
         cls(root, imbalanced_factor=1.0, train=False, download=True)
-
-    def download(self):
-        if Path(self.root).name == self.base_folder:
-            raise UserError(f"--data_root: found {self.root}, the unpacked data set itself, expected the folder that "
-                            f"holds it, {Path(self.root).parent}")
-        missing = [folder for folder in (Path(self.root), *Path(self.root).parents) if not folder.exists()]
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # seconds without an answer; urllib would wait for minutes or for ever
-        try:
-            super().download()
-        finally:
-            socket.setdefaulttimeout(timeout)
-            for folder in missing:  # the innermost first; one with a file in it stays
-                with suppress(OSError):
-                    folder.rmdir()
-
-    def _check_integrity(self):
-        """Whether all files are there, as torchvision asks it, but a file that is there and wrong is named."""
-        files = [*self.train_list, *self.test_list, (self.meta["filename"], self.meta["md5"])]
-        return all([self._is_there(os.path.join(self.root, self.base_folder, name), md5) for name, md5 in files])
-
-    def _is_there(self, path, md5):
-        if os.path.exists(path) and not check_integrity(path, md5):
-            raise self._user_error(f"{path} is not the original file (its MD5 is not {md5}); replace or remove it")
-        return os.path.exists(path)
-
-    def _user_error(self, found):
-        return UserError(f"--data_root {self.root}: {found}; expected {self.filename} or its unpacked folder "
-                         f"{self.base_folder} in {self.root}; --toy_data needs no files")
 
 
 class ImbalanceCIFAR10(LongTailedMixin, CIFAR10):

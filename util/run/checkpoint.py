@@ -6,20 +6,23 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.models import clean_state_dict
 
 from util.errors import UserError
 
-LATEST = "checkpoint-latest.pth"
-ENTRIES = {"epoch": int, "optimizer": dict, "scaler": dict, "history": list, "subset": torch.Tensor}  # or None
+# What a checkpoint may hold beside tensors and plain values: the authors' flags, and NumPy's numbers.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+PLAIN = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+         *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]  # NumPy 1 and 2
 
 
 def write_atomically(path, content):
     """Write `content` (bytes) to a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
     Raises:
-        OSError: the file could not be written; what was at `path` before is still there.
+        OSError: the file, which it names, could not be written; what was at `path` before is still there.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -29,9 +32,9 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, f"could not write: {error.strerror}", str(path)) from error
 
 
 def save_checkpoint(state, path):
@@ -48,33 +51,21 @@ def load_checkpoint(path, flag="--resume"):
         dict with at least `model` (names of `models`, timm's inside `enc.`) and `args` (dict, may be empty).
 
     Raises:
-        UserError: the file is absent, unreadable, no checkpoint, or holds anything but tensors and plain values.
+        UserError: the file is absent, damaged, no checkpoint, or holds anything but tensors and plain values.
     """
-    path = Path(path)
-    if not path.is_file():
-        others = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
-        beside = f"; that folder holds {', '.join(others[:5])}" if others else ""
-        raise UserError(f"{flag}: found no file {path}, expected a checkpoint{beside}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+        with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{flag}: {path} could not be read: {error.strerror or error}") from error
+        raise UserError(f"{flag} {path}: {error.strerror or error}, expected a checkpoint") from error
     except Exception as error:  # torch.load raises half a dozen types for damaged or foreign files
-        reason = "it is empty" if path.stat().st_size == 0 else _why_unreadable(error)
-        raise UserError(f"{flag}: {path} is no checkpoint that can be loaded safely: {reason}") from error
+        reason = "damaged, or not written by PyTorch"
+        if "GLOBAL" in str(error):  # the pickle names a class or function
+            reason = "it holds Python objects beyond tensors and plain values, none of which was executed"
+        raise UserError(f"{flag} {path}: no checkpoint that can be loaded safely: {reason}") from error
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(model, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in model.items()):
-        raise UserError(f"{flag}: {path} holds no entry 'model' with weights, expected one of this project's "
-                        "or the authors' checkpoints")
-    for name, kind in ENTRIES.items():
-        if not isinstance(checkpoint.get(name), kind | None):
-            raise UserError(f"{flag}: {path} holds an entry '{name}' of type {type(checkpoint[name]).__name__}, "
-                            f"expected {kind.__name__}")
-    if not all(isinstance(record, dict) and isinstance(record.get("epoch"), int)
-               for record in checkpoint.get("history") or ()):
-        raise UserError(f"{flag}: {path} holds a 'history' that is not one of epochs, expected the lines of log.txt")
+    if not isinstance(model, dict):
+        raise UserError(f"{flag} {path}: holds no entry 'model', expected a checkpoint of this project or the authors")
     args = checkpoint.get("args")
     args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
     model = {re.sub(r"^(enc\.layer\d+\.\d+\.)shortcut\.", r"\1downsample.", name): value
@@ -82,25 +73,14 @@ def load_checkpoint(path, flag="--resume"):
     return {**checkpoint, "model": model, "args": args}
 
 
-def _why_unreadable(error):
-    if "GLOBAL" in str(error):  # the pickle names a class or function
-        return "it holds Python objects beyond tensors and plain values, none of which was executed"
-    return "it is truncated or was not written by PyTorch"
-
-
 def stage_of(checkpoint):
-    """Which stage wrote a loaded checkpoint: "pretrain_bns", "lineprob_bns", "finetune_ipdpp", or None if unclear.
+    """Which stage wrote a loaded checkpoint, such as "pretrain_bns"; None if unclear.
 
-    Published checkpoints do not say. A projector marks stage 1, and probing optimises the linear layer alone.
+    Published checkpoints do not say, but a projector marks stage 1.
     """
-    if "stage" in checkpoint["args"]:
-        return checkpoint["args"]["stage"]
     if any(name.startswith("projector.") for name in checkpoint["model"]):
         return "pretrain_bns"
-    if "lin.weight" not in checkpoint["model"]:
-        return None
-    groups = (checkpoint.get("optimizer") or {}).get("param_groups", [])
-    return "lineprob_bns" if sum(len(group["params"]) for group in groups) == 2 else "finetune_ipdpp"
+    return checkpoint["args"].get("stage")
 
 
 def load_weights(module, weights, source):
@@ -115,51 +95,28 @@ def load_weights(module, weights, source):
     wrong += [f"no {name}" for name in own if name not in weights]
     wrong += [f"{name}, which this model lacks" for name in weights if name not in own]
     if wrong:
-        raise UserError(f"{source} does not fit this --model and --num_classes: found {wrong[0]}"
-                        + (f" (and {len(wrong) - 1} more differences)" if len(wrong) > 1 else ""))
+        raise UserError(f"{source} does not fit this stage, --model and --num_classes: found {wrong[0]}"
+                        f" ({len(wrong)} differences in all)")
     module.load_state_dict(weights)
 
 
 def load_encoder(encoder, checkpoint, source):
     """Copy the weights of a checkpoint's encoder, of any stage, into `encoder`. Raises UserError as `load_weights`."""
     weights = {name[4:]: value for name, value in checkpoint["model"].items() if name.startswith("enc.")}
-    if not weights:
-        raise UserError(f"{source} holds no encoder, expected weights whose names begin with 'enc.'")
     load_weights(encoder, weights, source)
 
 
 def restore_optimizer(optimizer, checkpoint):
-    """Load the moments of AdamW or SGD. Learning rate and weight decay stay what the flags say.
+    """Load the moments of AdamW or SGD, if there are any that fit; returns whether there are.
 
-    Returns why nothing was loaded, as the end of a sentence about the checkpoint, or None if the moments were.
+    Learning rate and weight decay stay what the flags say.
     """
-    groups = optimizer.state_dict()["param_groups"]
-    shapes = {index: parameter.shape for index, parameter in enumerate(
-        parameter for group in optimizer.param_groups for parameter in group["params"])}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = (checkpoint.get("optimizer") or {}).get("state", {})
-    if not state:
-        return "holds no optimiser state"
     name = "momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg"
-    found = {index: moments[name].shape for index, moments in state.items() if name in moments}
-    if not found:
-        return "holds the state of another optimiser"
-    if not found.items() <= shapes.items():  # a parameter that no gradient has reached has no moments
-        return "holds optimiser state that does not fit this model"
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return None
-
-
-def numbered_checkpoints(folder):
-    """Paths `checkpoint-<epoch>.pth` in `folder`, in the order in which they were written."""
-    return sorted(Path(folder).glob("checkpoint-[0-9]*.pth"), key=lambda path: path.stat().st_mtime_ns)
-
-
-def newest_checkpoint(paths):
-    """The newest of `paths` that loads, or None. Damaged files are named and passed over."""
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        try:
-            load_checkpoint(path)
-            return path
-        except UserError as error:
-            print(f"passed over: {error}", flush=True)
-    return None
+    fits = all(index < len(parameters) and name in moments and moments[name].shape == parameters[index].shape
+               for index, moments in state.items())
+    if not (state and fits):
+        return False
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return True

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from util.errors import UserError
+from util.run.log import say
 
 
 def number(kind, expected, fits):
@@ -97,26 +98,25 @@ GROUPS = {
         "--seed": dict(type=SEED, help="seed of all random choices"),
     },
     "run": {
-        "--resume": dict(nargs="+", type=path, metavar="FILE", help="checkpoint of this stage to continue from, or of "
-                         "another, whose encoder to start from; auto: the newest of --output_dir, if there is one "
-                         "(auto FILE: else FILE)"),
+        "--resume": dict(nargs="+", action="extend", type=path, metavar="FILE", help="checkpoint of this stage to "
+                         "continue from, or of another, whose encoder to start from; auto: the highest epoch in "
+                         "--output_dir. Of both, given together or apart, auto comes first"),
         "--encoder": dict(type=path, metavar="FILE", help="start from the encoder in this checkpoint, whatever stage "
                           "wrote it"),
-        "--start_epoch": dict(type=AT_LEAST_0, help="first epoch; unset, the one after the checkpoint's"),
         "--eval": dict(type=path, metavar="FILE", help="evaluate this checkpoint and stop. Data, model and draws are "
                        "those that it was trained with, unless you give a flag"),
         "--eval_freq": dict(type=AT_LEAST_1, help="epochs between evaluations on the test set"),
         "--output_dir": dict(type=path, help="folder for checkpoints and log.txt"),
         "--log_dir": dict(type=path, help="folder for TensorBoard; unset, --output_dir"),
-        "--overwrite": dict(ON, help="delete another run's files in --output_dir first"),
-        "--save_freq -sf": dict(type=AT_LEAST_1, help="epochs between numbered checkpoints"),
-        "--keep_checkpoints": dict(type=AT_LEAST_0, help="numbered checkpoints to keep; 0: all"),
+        "--overwrite": dict(ON, help="delete the run in --output_dir first"),
+        "--save_freq -sf": dict(type=AT_LEAST_1, help="epochs between checkpoints; or ten minutes"),
+        "--keep_checkpoints": dict(type=AT_LEAST_0, help="checkpoints to keep; 0: all"),
         "--device": dict(help="auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:N"),
         "--compile": dict(ON, help="compile the model with torch.compile"),
         "--deterministic": dict(ON, help="on CUDA, repeat a run bit for bit, at some cost of speed"),
     },
 }
-RUN_FLAGS = {name for names in GROUPS["run"] for name in names.replace("--", "").split()}
+RUN_FLAGS = {names.split()[0].strip("-") for names in GROUPS["run"]} | {"data_root", "given"}  # change nothing learned
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,10 +132,6 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """Parse; `given` of the result holds the names of the flags that the user gave."""
         words = {word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)}
-        known = {option for action in self._actions for option in action.option_strings}
-        for word in words - known:
-            if word[:1] == "-" and word[1:2].isalpha():  # argparse would take -d for -dr, and -dr/data for -dr /data
-                self.error(f"unrecognized arguments: {word}")
         parsed = super().parse_args(args, namespace)
         parsed.given = [action.dest for action in self._actions if words & set(action.option_strings)]
         return parsed
@@ -150,16 +146,13 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 def launch(main, parser):
     """Run an entry script: parse, call `main(args)`, and turn an error that the user can mend into one line."""
-    args = parser.parse_args()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
     try:
-        main(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output, such as `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        main(parser.parse_args())
     except (UserError, OSError) as error:  # an OSError names the file
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        parser.exit(2, f"{parser.prog}: error: {error}{f' (process {rank})' if rank != '0' else ''}\n")
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (RuntimeError, MemoryError) as error:
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not out_of_memory and "can't allocate memory" not in str(error):  # as PyTorch says it on the CPU
@@ -168,3 +161,5 @@ def launch(main, parser):
                        "--model\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted before or after the training\n")
+    finally:
+        say("", end="")  # so that a reader that left, such as `head`, brings no traceback

@@ -1,13 +1,27 @@
-"""One process or several (torchrun, SLURM): which one this is, its device, and the exchanges that the stages need."""
+"""One process or several (torchrun, srun): which one this is, its device, precision and memory, and their exchanges."""
 import ctypes
 import os
 import platform
+import resource
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
 from util.errors import UserError
+
+
+def rank_from_environment():
+    """(rank, rank on this machine, number of processes), as torchrun or srun say; (0, 0, 1) where neither has started.
+
+    SLURM_NTASKS alone says nothing: the shell of an allocation has it too, where nobody has started several.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if (world_size := int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
+        # SLURM can show each task its own GPU only, which is number 0 then.
+        local_rank = 0 if torch.cuda.device_count() == 1 else int(os.environ["SLURM_LOCALID"])
+        return int(os.environ["SLURM_PROCID"]), local_rank, world_size
+    return 0, 0, 1
 
 
 class Processes:
@@ -17,26 +31,27 @@ class Processes:
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UserError: the requested CUDA device does not exist, or several processes cannot find each other.
+        UserError: the requested device does not exist, or several processes cannot find each other.
     """
 
     def __init__(self, device="auto"):
+        self.rank, local_rank, self.world_size = rank_from_environment()
         kind, _, index = device.partition(":")
         if kind == "auto":
             kind = "cuda" if torch.cuda.is_available() else "cpu"
-        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-            raise UserError(f"--device: found '{device}', expected auto, cpu, cuda or cuda:N")
-        if kind == "cuda" and torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
-            os.environ.setdefault("LOCAL_RANK", "0")  # SLURM shows each task its own GPU only
-        if kind == "cuda" and int(index or world_info_from_env()[0]) >= torch.cuda.device_count():
-            raise UserError(f"--device: found '{device}', but PyTorch sees {torch.cuda.device_count()} CUDA devices")
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if is_distributed_env() and missing:
-            raise UserError(f"found several processes but no {' and no '.join(missing)} in the environment, expected "
-                            "the first node's name and a free port (torchrun sets them, srun does not: see README)")
-        started = init_distributed_device_so(f"{kind}:{index}" if index else kind)
-        self.device = torch.device(started["device"])
-        self.rank, self.world_size = started["global_rank"], started["world_size"]
+        number = int(index) if index.isdigit() else local_rank
+        if kind not in ("cpu", "cuda") or kind == "cuda" and number >= torch.cuda.device_count():
+            raise UserError(f"--device: found '{device}', expected auto, cpu, cuda or cuda:N; PyTorch sees "
+                            f"{torch.cuda.device_count()} CUDA devices")
+        self.device = torch.device(kind, number) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            try:
+                dist.init_process_group("nccl" if kind == "cuda" else "gloo", "env://", rank=self.rank,
+                                        world_size=self.world_size)
+            except ValueError as error:  # srun does not say where the first process is
+                raise UserError(f"found {self.world_size} processes: {error} (see README, several GPUs)") from error
         # Keep the group alive: if DDP were the last to hold it, PyTorch would free it under a lock and might hang.
         self._group = dist.group.WORLD if self.world_size > 1 else None
         # Small exchanges use the CPUs, so that they need not wait for the GPUs.
@@ -46,18 +61,16 @@ class Processes:
     def first(self):
         return self.rank == 0
 
-    def sum(self, tensor):
-        """Add `tensor` up over all processes, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def mean(self, tensor):
         """The mean of `tensor` over all processes."""
-        return self.sum(tensor.clone()) / self.world_size
+        if self.world_size == 1:
+            return tensor
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor / self.world_size
 
     def any(self, flag):
-        """Whether `flag` (bool) holds in any process; every process gets the same answer."""
+        """Whether `flag` (bool) holds in any process; every process gets the same answer, when all have asked."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -84,6 +97,24 @@ class Processes:
     def end(self):
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+def amp_dtype(name, device):
+    """The type that `--amp name` means on `device`: torch.bfloat16, torch.float16, or None for float32 throughout."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
+
+
+def peak_memory(device):
+    """The most memory used so far, in GiB: of the CUDA device, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, on macOS in bytes
+    return peak / (2**30 if platform.system() == "Darwin" else 2**20)
 
 
 def keep_freed_memory():

@@ -1,114 +1,110 @@
-"""Whether flags go together, and with the flags that a checkpoint was trained with.
+"""All that --resume, --encoder and --eval do.
 
-Raise UserError where they do not. What else the user should know goes to `say`, a function that prints a line.
+--resume FILE continues the run of FILE if this stage wrote it; otherwise a new run starts from its encoder.
+--encoder FILE always starts a new run from its encoder.
+--resume auto continues the run in --output_dir from its highest epoch. If there is none, the other file counts, if one
+is given, in whatever order; else the run starts afresh.
+--eval FILE evaluates FILE, with the data, model and draws that it was trained with, unless the user gives a flag.
 """
+from pathlib import Path
+
 import timm
 
 from util.errors import UserError
-from util.imbalanced_cifar import DATASETS
+from util.run.checkpoint import load_checkpoint, load_encoder, load_weights, restore_optimizer, stage_of
 from util.run.options import RUN_FLAGS
 
-EVAL_FLAGS = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
-DATA_FLAGS = ("dataset", "toy_data", "imbalanced_factor")
-FIXED_FLAGS = (*DATA_FLAGS, "model", "input_size", "embed_dim")  # must not change when a run continues
-SILENT_FLAGS = RUN_FLAGS | {"data_root", "given"}  # may change without a message
-WITHOUT_EFFECT = {  # a flag, and with which values of another it does nothing
-    "num_samples": ("ipdpp_sampler", ("none",)),
-    "sampling_freq": ("ipdpp_sampler", ("none",)),
-    "ipdpp_kernel": ("ipdpp_sampler", ("uniform", "none")),
-    "mcmc_steps": ("ipdpp_sampler", ("exact", "uniform", "none")),
-    "num_extra_positives": ("bns_form", ("published",)),
-    "logit_adjustment": ("loss", ("logit_adjusted",)),
-}
+MUST_STAY = {"dataset", "toy_data", "imbalanced_factor", "model", "input_size", "embed_dim"}  # when a run continues
+DRAWN_BY = {"num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed"}  # another one needs another draw
+TRAINED_ON = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
 
 
-def check(args, say):
-    """Check that the flags go together. Shortens --warmup_epochs where it would leave no epoch after it."""
-    classes = DATASETS[args.dataset].num_classes
-    if args.num_classes != classes:
-        raise UserError(f"--num_classes: found {args.num_classes}, expected {classes}, which {args.dataset} has")
-    if args.eval:
-        for flag in ("resume", "encoder", "start_epoch", "overwrite"):
-            if flag in args.given:
-                raise UserError(f"--{flag}: found together with --eval, expected one of the two")
-        return
-    if args.warmup_epochs >= args.epochs:
-        say(f"--warmup_epochs: {args.warmup_epochs} of --epochs {args.epochs} would leave no epoch after it; "
-            f"using {args.epochs // 5}")
-        args.warmup_epochs = args.epochs // 5
-    if (args.start_epoch or 0) >= args.epochs:
-        raise UserError(f"--start_epoch: found {args.start_epoch}, expected less than --epochs {args.epochs}")
-    if args.lr and "blr" in args.given:
-        say(f"--blr has no effect with --lr {args.lr:g}")
-    resume = args.resume or []
-    auto = resume[:1] == ["auto"]
-    if len(resume) > (2 if auto else 1) or "auto" in resume[1:]:
-        raise UserError(f"--resume: found '{' '.join(resume)}', expected FILE, auto, or auto FILE")
-    if args.encoder and resume not in ([], ["auto"]):
-        raise UserError(f"--encoder: found together with --resume {' '.join(resume)}, expected one of the two files")
-    if auto and args.start_epoch is not None:
-        raise UserError("--start_epoch: found together with --resume auto, which goes on after the last epoch "
-                        "done; expected one of the two")
-    if auto and args.overwrite:
-        raise UserError("--overwrite: found together with --resume auto, expected one of the two: to delete "
-                        "the run in --output_dir, or to continue it")
+def take_trained_flags(args, say):
+    """For --eval: load its checkpoint, and take the flags of TRAINED_ON from there, but for those that the user gave.
 
-
-def adopt_trained(args, trained, say):
-    """Take the flags that the user did not give from those of --eval's checkpoint, `trained`."""
-    dataset, taken = trained.get("dataset", args.dataset), []
-    if dataset != args.dataset:
-        say(f"evaluating on {args.dataset}; {args.eval} was trained on {dataset}")
-    for name in EVAL_FLAGS:
-        value = trained.get(name)
-        if value is None or not hasattr(args, name) or value == getattr(args, name):
+    say: prints a line. Returns the checkpoint. Raises UserError as `load_checkpoint`.
+    """
+    checkpoint, taken = load_checkpoint(args.eval, "--eval"), []
+    for name in TRAINED_ON:
+        trained = checkpoint["args"].get(name)
+        if trained in (None, getattr(args, name, trained)):
             continue
         if name in args.given:
-            say(f"--{name} {getattr(args, name)}, as asked; {args.eval} was trained with {value}")
-        elif name == "toy_data" and "data_root" in args.given:
-            say(f"evaluating on the images of --data_root; {args.eval} was trained on toy images")
-        elif name == "imbalanced_factor" and dataset != args.dataset:
-            continue  # this data set may not have as many images
-        elif name != "model" or timm.is_model(value):  # a published file may name it in another way
-            setattr(args, name, value)
-            taken.append(f"{name} {value}")
+            say(f"--{name} {getattr(args, name)}, as asked; {args.eval} was trained with {trained}")
+        elif name != "model" or timm.is_model(trained):  # the authors name their networks in another way
+            setattr(args, name, trained)
+            taken.append(f"{name} {trained}")
     if taken:
         say(f"from the checkpoint: {', '.join(taken)}")
+    return checkpoint
 
 
-def name_without_effect(args, say):
-    """Say which of the flags that the user gave do nothing."""
-    for name, (other, values) in WITHOUT_EFFECT.items():
-        if name in args.given and getattr(args, other, None) in values:
-            say(f"--{name} has no effect with --{other} {getattr(args, other)}")
+def begin_from(run, model, optimizer):
+    """Load what --resume or --encoder names into `model` and `optimizer`. Returns the path of the file, or None.
 
-
-def changed_flags(args, trained, source, say):
-    """Names of the flags that change when a run continues.
-
-    Args:
-        trained: flags of the checkpoint, dict.
-        source: names the flag and file in the error.
+    run: Run; its `start_epoch`, `history` and `subset` are set.
 
     Raises:
-        UserError: one of FIXED_FLAGS changes.
+        UserError: a file cannot be loaded or does not fit, or the flags name two.
     """
-    changed = [name for name, value in vars(args).items()
-               if name in trained and trained[name] != value and name not in SILENT_FLAGS]
-    for name in changed:
-        if name == "model" and not timm.is_model(trained["model"]):
-            continue  # a published file may name it in another way; whether the weights fit is checked elsewhere
-        if name in FIXED_FLAGS:
+    args = run.args
+    run.start_epoch, run.history, run.subset = 0, [], None
+    words = args.resume or []
+    files = [("--resume", word) for word in words if word != "auto"]
+    files += [("--encoder", args.encoder)] if args.encoder else []
+    if len(files) > 1:
+        raise UserError(f"--resume, --encoder: found {', '.join(path for _, path in files)}, expected one file at most")
+    if "auto" in words and args.overwrite:
+        raise UserError("--overwrite: found together with --resume auto, expected one of the two")
+    if "auto" in words:
+        if own := run.folder.checkpoints():
+            return _continue_newest(run, own[-1], model, optimizer)
+        run.say(f"--resume auto: no checkpoint in {args.output_dir} yet")
+    if not files:
+        if args.stage != "pretrain_bns":
+            run.say("no --resume and no --encoder: starting from a randomly initialised encoder")
+        return None
+    (flag, path), = files
+    checkpoint = load_checkpoint(path, flag)
+    if flag == "--resume" and stage_of(checkpoint) == args.stage:
+        _continue(run, checkpoint, f"{flag} {path}", model, optimizer)
+    else:
+        load_encoder(model.enc, checkpoint, f"{flag} {path}")
+        differs = [f"{name} {checkpoint['args'][name]}" for name in sorted(MUST_STAY - {"embed_dim", "model"})
+                   if checkpoint["args"].get(name) not in (None, getattr(args, name))]
+        note = f", which, unlike this run, was trained with {', '.join(differs)}" if differs else ""
+        run.say(f"starting from the encoder of {path}{note}")
+    return Path(path)
+
+
+def _continue_newest(run, path, model, optimizer):
+    try:
+        checkpoint = load_checkpoint(path, "--resume auto:")
+    except UserError as error:
+        raise UserError(f"{error}; delete it to go on from the one before") from error
+    if stage_of(checkpoint) != run.args.stage:
+        raise UserError(f"--output_dir: {path} is of stage {stage_of(checkpoint)}, expected one of {run.args.stage}")
+    _continue(run, checkpoint, f"--resume {path}", model, optimizer)
+    return path
+
+
+def _continue(run, checkpoint, source, model, optimizer):
+    """Continue the run of a checkpoint. All but MUST_STAY may change; flags not of the run itself change aloud."""
+    args, trained = run.args, checkpoint["args"]
+    changed = {name for name, value in vars(args).items() if trained.get(name, value) != value} - RUN_FLAGS
+    if not timm.is_model(str(trained.get("model"))):
+        changed -= {"model"}  # the authors name their networks in another way; load_weights sees whether they fit
+    for name in sorted(changed):
+        if name in MUST_STAY:
             raise UserError(f"{source} was trained with --{name} {trained[name]}, found --{name} "
-                            f"{getattr(args, name)}; expected the same, or another --output_dir and no --resume")
-        say(f"--{name}: {trained[name]} in the checkpoint, {getattr(args, name)} from here on")
-    return changed
-
-
-def check_encoder(args, trained, source):
-    """Check --model against that of the encoder to start from. Returns what else differs, as flags and values."""
-    if timm.is_model(str(trained.get("model"))) and trained["model"] != args.model:
-        raise UserError(f"{source} was trained with --model {trained['model']}, found --model "
-                        f"{args.model}; expected the same")
-    return [f"{name} {trained[name]}" for name in (*DATA_FLAGS, "input_size")
-            if trained.get(name) not in (None, getattr(args, name))]
+                            f"{getattr(args, name)}; expected the same, or a new run in another --output_dir")
+        run.say(f"--{name}: {trained[name]} in the checkpoint, {getattr(args, name)} from here on")
+    load_weights(model, checkpoint["model"], source)
+    if not restore_optimizer(optimizer, checkpoint):
+        run.say(f"{source} holds no optimiser state that fits; the optimiser starts afresh")
+    if run.scaler.is_enabled() and checkpoint.get("scaler"):
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    run.start_epoch = checkpoint.get("epoch", -1) + 1
+    run.history = checkpoint.get("history", [])
+    run.subset = None if changed & DRAWN_BY else checkpoint.get("subset")
+    run.say(f"continuing {source.split()[-1]} in epoch {run.start_epoch}")

@@ -1,13 +1,13 @@
-"""SIGTERM, Ctrl-C and a closed terminal end a run after its current epoch."""
+"""Ctrl-C, SIGTERM and a closed terminal end a run after its current epoch."""
 import os
 import signal
 import time
 
 
 class StopSignal:
-    """Remembers SIGTERM, Ctrl-C or SIGHUP (a closed terminal) in `signum`. The run stops after the current epoch.
+    """Remembers SIGTERM, Ctrl-C or SIGHUP (a closed terminal) in `signum`. The run leaves after the current epoch.
 
-    Another signal, a second or more later, ends the process at once. (Ctrl-C under torchrun arrives twice, from the
+    Another one, a second or more later, ends the process at once. (Ctrl-C under torchrun arrives twice, from the
     terminal and from torchrun, so signals within a second count as one.) `restore` undoes this.
     """
 
@@ -31,7 +31,5 @@ class StopSignal:
             name = signal.Signals(signum).name
             try:  # not `print`, which fails where it interrupts another print
                 os.write(1, f"\n{name}: stopping after this epoch (once more: at once)\n".encode())
-            except OSError:  # the terminal is gone, and every later print would fail
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, 1)
-                os.dup2(nowhere, 2)
+            except OSError:  # the terminal is gone
+                pass
