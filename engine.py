@@ -109,7 +109,7 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
     run.log.steps(curves, epoch)
     run.log.scalars({"train/images_per_second": speed, "train/peak_memory_gib": peak_memory(run.device)},
                     epoch + EPOCH_END)
-    run.progress.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {rates[-1]:.6f}  {speed:,.0f} images/s")
+    run.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {rates[-1]:.6f}  {speed:,.0f} images/s")
     return {"train_loss": train_loss, "train_lr": rates[-1], "train_images": num_images}
 
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Payload, final_file
+from conftest import Payload, final_file
 from conftest import run as run_tiny
 
-import main_cifar10_finetune_ipdpp
 import main_cifar10_lineprob_bns
 import main_cifar10_pretrain_bns
 from models import BNSNetwork, Classifier, create_encoder
@@ -219,73 +218,6 @@ def test_a_published_run_continues_under_the_name_of_its_own_network(few_images,
 def test_args_of_any_kind(args, tmp_path):
     torch.save({"model": {"enc.weight": torch.ones(2)}, "args": args}, tmp_path / "file.pth")
     assert load_checkpoint(tmp_path / "file.pth")["args"] == (args if isinstance(args, dict) else {})
-
-
-ITS_OWN = {"num_samples": 20, "imbalanced_factor": 10.0}
-
-
-@pytest.mark.parametrize("flags, given, factor, num_samples, said", [
-    ({}, [], 100, 500, ""),
-    (ITS_OWN, [], 10, 20, "from the checkpoint: imbalanced_factor 10.0, num_samples 20"),
-    (ITS_OWN, ["--num_samples", 5], 10, 5, "--num_samples 5, as asked; {path} was trained with 20"),
-    (ITS_OWN, ["--imbalanced_factor", 50], 50, 20, "--imbalanced_factor 50.0, as asked; {path} was trained with 10.0"),
-    ({**ITS_OWN, "ipdpp_sampler": "none"}, [], 10, 500, "ipdpp_sampler none"),
-    ({**ITS_OWN, "loss": "logit_adjusted"}, [], 10, None, "loss logit_adjusted"),
-    ({}, ["--logit_adjustment", 0], 100, None, "")])
-def test_shares_of_the_adjustment_in_eval(flags, given, factor, num_samples, said, few_images, tmp_path, capsys):
-    torch.manual_seed(0)
-    model = Classifier(create_encoder("test_resnet", 16), 10).eval()
-    images = pixels(ToyCIFAR(10, train=False), 16)
-    with torch.no_grad():
-        model.lin.weight.data, model.lin.bias.data = telling_layer(model.enc(images), 10)
-        logits = model(images)
-    path = tmp_path / "published.pth"
-    torch.save({"model": model.state_dict(), "args": argparse.Namespace(batch_size=64, **flags)}, path)
-    metrics = run_tiny(main_cifar10_finetune_ipdpp, tmp_path, "--eval", path, *given)
-    assert said.format(path=path) in capsys.readouterr().out
-
-    train_set, test_set = ToyCIFAR(10, factor), ToyCIFAR(10, train=False)
-    names = ("acc1", "many", "medium", "few")
-    assert [metrics[f"test_{name}"] for name in names] == pytest.approx(accuracies(logits, train_set, test_set))
-    if num_samples is None:
-        assert not any("adjusted" in name for name in metrics)
-        return
-    expected = accuracies(adjusted(logits, train_set.class_counts.clip(max=num_samples)), train_set, test_set)
-    assert [metrics[f"test_adjusted_{name}"] for name in names] == pytest.approx(expected)
-    for other in {5, 20, 500} - {num_samples}:  # or the figures would not show which shares were used
-        assert expected != accuracies(adjusted(logits, train_set.class_counts.clip(max=other)), train_set, test_set)
-
-
-@pytest.mark.slow
-def test_eval_of_pretraining_prints_the_knn_of_any_stage(few_images, tmp_path, capsys, monkeypatch):
-    def knn(script, *flags):
-        capsys.readouterr()
-        words = [*TINY, "--batch_size", 60, *flags]
-        script.main(script.get_args_parser().parse_args([str(word) for word in words]))
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("* kNN ")]
-
-    monkeypatch.chdir(tmp_path)
-    pretrain, lineprob, finetune = main_cifar10_pretrain_bns, main_cifar10_lineprob_bns, main_cifar10_finetune_ipdpp
-    flags = ["--epochs", 1, "--warmup_epochs", 0, "--blr", 0.01]
-    trained, = knn(pretrain, *flags, "--output_dir", tmp_path / "p")
-    for script in (lineprob, finetune):
-        out = tmp_path / script.__name__
-        assert not knn(script, *flags, "--output_dir", out, "--resume", final_file(pretrain, tmp_path / "p"))
-    before = sorted(tmp_path.rglob("*"))
-    assert knn(pretrain, "--eval", final_file(pretrain, tmp_path / "p")) == [trained]
-    assert knn(pretrain, "--eval", final_file(lineprob, tmp_path / lineprob.__name__)) == [trained]  # encoder frozen
-
-    path = final_file(finetune, tmp_path / finetune.__name__)
-    printed, = knn(pretrain, "--eval", path)
-    model = Classifier(create_encoder("test_resnet", 16), 10).eval()
-    load_weights(model, load_checkpoint(path)["model"], "finetuned")
-    train_set, test_set = ToyCIFAR(10), ToyCIFAR(10, train=False)
-    with torch.no_grad():
-        features, queries = model.enc(pixels(train_set, 16)), model.enc(pixels(test_set, 16))
-    votes = neighbours_votes(features, train_set.targets, queries, 10)
-    acc1, many, medium, few = accuracies(votes, train_set, test_set)
-    assert printed == (f"* kNN Acc@1 {acc1:.3f} Many-Shot {many:.3f} Medium-Shot {medium:.3f} Few-Shot {few:.3f}")
-    assert printed != trained and sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

@@ -62,6 +62,13 @@ def test_copies_and_notes_are_the_users(quick_runs, tmp_path, capsys):
     assert all((tmp_path / name).read_text() == "mine" for name in mine)
 
 
+def test_what_was_trained_is_saved_before_it_is_shown(quick_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{LINEPROB}.show_predictions", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(LINEPROB, tmp_path, *PROBE)
+    assert checkpoints(tmp_path) == ["checkpoint-0.pth"] and len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
 def test_another_run_is_refused_or_deleted_with_overwrite(quick_runs, tmp_path, capsys):
     run(FINETUNE, tmp_path, "--num_samples", 5, "--epochs", 2, "--save_freq", 1)
     before = files(tmp_path)

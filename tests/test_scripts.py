@@ -12,8 +12,6 @@ import torch
 from conftest import TINY, contents, final_file, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util.run.checkpoint import load_checkpoint
-
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain_bns", "lineprob_bns", "finetune_ipdpp")
 SCRIPTS = [f"main_{dataset}_{stage}" for dataset in ("cifar10", "cifar100") for stage in STAGES]
@@ -255,32 +253,6 @@ def test_chain_on_100_classes(tmp_path, few_images):
         metrics = run(script, out, "--eval", final_file(script, out))
         assert len(metrics["test_per_class"]) == 100
         assert metrics == {name: value for name, value in last.items() if name.startswith("test_")}
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_any_stage_gives_its_encoder_to_any_other(tmp_path, few_images, capsys):
-    def final(script, name):
-        return final_file(load(script), tmp_path / name)
-
-    def encoder(path):
-        return {name: value for name, value in load_checkpoint(path)["model"].items() if name.startswith("enc.")}
-
-    flags = ["--epochs", 1, "--warmup_epochs", 0, "--batch_size", 60]
-    for script in SCRIPTS[:3]:
-        run(script, tmp_path / script, *flags)
-    for source in SCRIPTS[:3]:
-        before, path = encoder(final(source, source)), final(source, source)
-        for target in SCRIPTS[:3]:
-            if source == target:
-                continue
-            capsys.readouterr()
-            out = f"{source} to {target}"
-            history = run(target, tmp_path / out, *flags, "--lr", 1e-12, "--weight_decay", 0, "--resume", path)
-            assert [record["epoch"] for record in history] == [0]
-            assert f"starting from the encoder of {path}\n" in capsys.readouterr().out
-            for name, value in encoder(final(target, out)).items():
-                if target == LINEPROB or not re.search("running|num_batches", name):
-                    torch.testing.assert_close(value, before[name], atol=1e-9, rtol=0, msg=f"{out}: {name}")
 
 
 def test_encoder_trained_at_another_factor_is_named(tmp_path, few_images, capsys):

@@ -65,7 +65,7 @@ def hyperparameters(events):
 
 
 TRAINING = {"train_loss", "lr", "train/gradient_norm", "train/images_per_second", "train/peak_memory_gib"}
-TESTING = {"test/acc1", "test/acc5", "test/loss", "test_shots/many", "test_shots/medium", "test_shots/few",
+TESTING = {"test/acc1", "test/acc5", "test/loss", "test/many", "test/medium", "test/few",
            "test_adjusted/acc1", "test_adjusted/many", "test_adjusted/medium", "test_adjusted/few"}
 KNN = {"knn/acc1", "knn/many", "knn/medium", "knn/few"}
 OF_A_DRAW = ("mean_p", "drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin", "changed", "max_inclusion",
@@ -90,7 +90,7 @@ def test_steps_are_thousandths_of_an_epoch(pretraining, probing, finetuning):
         middles = [1000 * epoch + round(1000 * (i + 0.5) / batches) for epoch in range(EPOCHS) for i in range(batches)]
         assert steps(events, "train_loss") == steps(events, "lr") == middles
         assert steps(events, "train/images_per_second") == [999, 1999, 2999]
-    assert steps(finetuning, "test/acc1") == steps(finetuning, "test_shots/few") == [999, 1999, 2999]
+    assert steps(finetuning, "test/acc1") == steps(finetuning, "test/few") == [999, 1999, 2999]
     assert steps(pretraining, "knn/acc1") == [2999]  # --eval_freq 25, and the last epoch
     assert steps(probing, "test/acc1") == [1999, 2999]  # --eval_freq 2, and the last epoch
     assert steps(finetuning, "train_ipdpp/striped disc/mean_p") == [0, 1000]  # none in the last epoch
@@ -101,7 +101,7 @@ def test_curves_hold_the_figures_of_log_txt(pretraining, probing, finetuning):
         records = [json.loads(line) for line in (Path(events.path) / "log.txt").read_text().splitlines()]
         found = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
         for tag in (TESTING | KNN) & set(found):
-            name = tag.replace("test_shots", "test").replace("/", "_")
+            name = tag.replace("/", "_")
             logged = {1000 * record["epoch"] + 999: record[name] for record in records if name in record}
             assert found[tag] == pytest.approx(logged), tag
         for record in records:

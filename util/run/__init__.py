@@ -1,8 +1,5 @@
 """What a recipe needs besides its method: processes, precision, where to start, logs, checkpoints, and how it ends."""
 import math
-import os
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from util.run import log
 from util.run.checkpoint import save_checkpoint
 from util.run.folder import Folder
 from util.run.options import RUN_FLAGS
-from util.run.processes import Processes, amp_dtype, keep_freed_memory, peak_memory
+from util.run.processes import Processes, keep_freed_memory, peak_memory, set_precision
 from util.run.resume import begin_from, take_trained_flags
 from util.run.signals import StopSignal
 
@@ -40,7 +37,7 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        self.folder = self.stop = None
+        self.folder, self.stop, self.stopping = None, None, False
         self.processes = Processes(args.device)
         self.device = self.processes.device
         if args.eval:
@@ -49,17 +46,9 @@ class Run:
             self.say(f"--warmup_epochs: {args.warmup_epochs} of --epochs {args.epochs} would leave no epoch after it; "
                      f"using {args.epochs // 5}")
             args.warmup_epochs = args.epochs // 5
-        dtype = amp_dtype(args.amp, self.device)
-        args.amp = str(dtype).removeprefix("torch.") if dtype else "none"
-        self.autocast = lambda: torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.autocast, self.scaler = set_precision(args, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        torch.backends.cudnn.benchmark = not args.deterministic
-        torch.backends.cudnn.allow_tf32 = dtype is not None  # --amp none means float32 throughout
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
 
     def __enter__(self):
         return self
@@ -71,7 +60,7 @@ class Run:
             self.log.close()
         if self.folder:
             self.folder.release()
-        if error is None:
+        if error is None or self.stopping:  # after another error, the others may not come to this
             self.processes.end()
 
     def say(self, text):
@@ -108,7 +97,7 @@ class Run:
         self.log = log.RunLog(self.folder.path, log_dir, self.start_epoch, quiet=not first)
         self.processes.from_first(self.log.write_history, self.history)
         self.progress = log.Progress(args.epochs * steps, self.start_epoch * steps, quiet=not first)
-        self.last_epoch, self.saved_at, self.stopping = self.start_epoch - 1, time.monotonic(), False
+        self.last_epoch, self.saved_at = self.start_epoch - 1, time.monotonic()
         self.stop = StopSignal()
         data = f"toy data like {args.dataset}" if args.toy_data else args.dataset
         lr = optimizer.param_groups[0]["initial_lr"]  # the scheduler has set "lr" to the warm-up's first, 0
@@ -188,13 +177,6 @@ class Run:
                      f"best epoch {best['epoch']}: {best['test_acc1']:.2f}%")
         self.say(f"peak memory {peak_memory(self.device):.2f} GiB on {self.device}")
         self.say(f"wrote {final}, {self.log.path} and TensorBoard events in {args.log_dir or args.output_dir}")
-        flags = ["--toy_data"] if args.toy_data else ["--data_root", args.data_root]
-        stages, use = [args.stage], ["--eval", str(final)]
-        if args.stage == "pretrain_bns":
-            stages = ["lineprob_bns", "finetune_ipdpp"]
-            use = ["--imbalanced_factor", f"{args.imbalanced_factor:.10g}", "--model", args.model,
-                   "--input_size", str(args.input_size), "--resume", str(final)]
-        for stage in stages:
-            script = Path(sys.argv[0]).parent / f"main_{args.dataset}_{stage}.py"
-            self.say(f"next: {shlex.join(['python', str(script), *flags, *use])}")
+        for command in log.next_commands(args, final):
+            self.say(f"next: {command}")
         return self.history

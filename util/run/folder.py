@@ -6,6 +6,7 @@ from pathlib import Path
 
 from util.errors import UserError
 from util.run.checkpoint import save_checkpoint
+from util.run.log import say
 
 
 class Folder:
@@ -53,7 +54,7 @@ class Folder:
         if not earlier and self.final.exists():
             downloaded = self.final.with_suffix(".downloaded.pth")
             os.replace(self.final, downloaded)
-            print(f"{self.final} comes from elsewhere; it is kept as {downloaded.name}", flush=True)
+            say(f"{self.final} comes from elsewhere; it is kept as {downloaded.name}")
         elif overwrite:
             if source and source.resolve() in [path.resolve() for path in (*earlier, self.final)]:
                 raise UserError(f"--overwrite: would delete {source}, from which this run starts")

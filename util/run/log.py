@@ -2,10 +2,11 @@
 import functools
 import json
 import os
-import shutil
+import shlex
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -14,11 +15,6 @@ from torch.utils.tensorboard.summary import hparams
 from util.run.checkpoint import write_atomically
 
 EPOCH_END = 0.999  # results of epoch e are plotted at e + 0.999: resuming at the next epoch would delete them at e + 1
-TAGS = {"test_acc1": "test/acc1", "test_acc5": "test/acc5", "test_loss": "test/loss",
-        "test_many": "test_shots/many", "test_medium": "test_shots/medium", "test_few": "test_shots/few",
-        "test_adjusted_acc1": "test_adjusted/acc1", "test_adjusted_many": "test_adjusted/many",
-        "test_adjusted_medium": "test_adjusted/medium", "test_adjusted_few": "test_adjusted/few",
-        "knn_acc1": "knn/acc1", "knn_many": "knn/many", "knn_medium": "knn/medium", "knn_few": "knn/few"}
 
 
 def say(text, end="\n"):
@@ -30,42 +26,27 @@ def say(text, end="\n"):
 
 
 class Progress:
-    """The progress line, with the time left: rewritten in place in a terminal, printed every 15 s into a file.
+    """Says every 15 seconds how far the run is, and how much time is left.
 
     Args:
         total: steps of the whole run.
         done: steps that were done before this process began.
-        quiet: print nothing (every process but the first).
+        quiet: say nothing (every process but the first).
     """
 
     def __init__(self, total, done=0, quiet=False):
         self.total, self.done, self.before, self.quiet = total, done, done, quiet
-        self.terminal = sys.stdout.isatty()
-        self.interval = 0.5 if self.terminal else 15.0  # seconds
         self.start = self.shown = time.monotonic()
 
     def due(self):
         """Count one step. Returns whether it is time to `show` something."""
         self.done += 1
-        return not self.quiet and time.monotonic() - self.shown >= self.interval
+        return not self.quiet and time.monotonic() - self.shown >= 15
 
     def show(self, text):
-        """Print a line that the next one overwrites."""
         self.shown = time.monotonic()
         seconds = (self.shown - self.start) / (self.done - self.before) * (self.total - self.done)
-        line = f"{text}  {self.done / self.total:4.0%}  time left {timedelta(seconds=round(seconds))}"
-        if self.terminal:
-            say(f"{line[:self._width()]:<{self._width()}}", end="\r")
-        else:
-            say(line)
-
-    def say(self, text):
-        """Print a line that stays."""
-        if not self.quiet:
-            say(f"{text:<{self._width()}}" if self.terminal else text)
-
-    def _width(self):
-        return shutil.get_terminal_size().columns - 1  # a full line would wrap
+        say(f"{text}  {self.done / self.total:4.0%}  time left {timedelta(seconds=round(seconds))}")
 
 
 def only_shows(show):
@@ -116,8 +97,10 @@ class RunLog:
                 self.writer.add_scalar(tag, value, round(1000 * (epoch + (i + 0.5) / len(values))))
 
     def results(self, stats, epoch):
-        """Plot those figures of an epoch that have a tag in TAGS."""
-        self.scalars({TAGS[name]: value for name, value in stats.items() if name in TAGS}, epoch + EPOCH_END)
+        """Plot the accuracies and losses of an epoch's evaluation, such as `test_acc1` under test/acc1."""
+        figures = {"/".join(name.rsplit("_", 1)): value for name, value in stats.items()
+                   if name.startswith(("test", "knn")) and isinstance(value, float)}
+        self.scalars(figures, epoch + EPOCH_END)
 
     @only_shows
     def images(self, tag, images, epoch):
@@ -144,3 +127,15 @@ class RunLog:
     @only_shows
     def close(self):
         self.writer.close()
+
+
+def next_commands(args, final):
+    """Command lines that use the final file (Path) of a run: later stages after stage 1, else its evaluation."""
+    flags = ["--toy_data"] if args.toy_data else ["--data_root", args.data_root]
+    stages, use = [args.stage], ["--eval", str(final)]
+    if args.stage == "pretrain_bns":
+        stages = ["lineprob_bns", "finetune_ipdpp"]
+        use = ["--imbalanced_factor", f"{args.imbalanced_factor:.10g}", "--model", args.model,
+               "--input_size", str(args.input_size), "--resume", str(final)]
+    scripts = [Path(sys.argv[0]).parent / f"main_{args.dataset}_{stage}.py" for stage in stages]
+    return [shlex.join(["python", str(script), *flags, *use]) for script in scripts]

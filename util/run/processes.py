@@ -1,5 +1,6 @@
 """One process or several (torchrun, srun): which one this is, its device, precision and memory, and their exchanges."""
 import ctypes
+import functools
 import os
 import platform
 import resource
@@ -107,6 +108,22 @@ def amp_dtype(name, device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     capabilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
+
+
+def set_precision(args, device):
+    """What --amp and --deterministic mean: a function that gives the autocast context, and the gradient scaler.
+
+    args.amp becomes the name of the type that is used.
+    """
+    dtype = amp_dtype(args.amp, device)
+    args.amp = str(dtype).removeprefix("torch.") if dtype else "none"
+    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.backends.cudnn.allow_tf32 = dtype is not None  # --amp none means float32 throughout
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def peak_memory(device):

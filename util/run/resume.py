@@ -31,7 +31,7 @@ def take_trained_flags(args, say):
             continue
         if name in args.given:
             say(f"--{name} {getattr(args, name)}, as asked; {args.eval} was trained with {trained}")
-        elif name != "model" or timm.is_model(trained):  # the authors name their networks in another way
+        elif name != "model" or timm.is_model(str(trained)):  # the authors name their networks in another way
             setattr(args, name, trained)
             taken.append(f"{name} {trained}")
     if taken:
