@@ -109,7 +109,7 @@ def finetune(args, run):
             logits = predict(model.lin, features, run)
             stats |= evaluate(logits, test_set, train_set, counts, tau, run)
         run.end_epoch(epoch, stats, subset)  # writes log.txt and, if it is time, a checkpoint
-        if run.evaluates(epoch) and run.shows_pictures(epoch):
+        if run.shows_pictures(epoch):
             show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
     return run.finish()
 

@@ -92,7 +92,7 @@ class Run:
         self.folder = Folder(args.output_dir, final, args.keep_checkpoints)
         log_dir = Path(args.log_dir or args.output_dir)
         source = begin_from(self, model, optimizer)
-        self.processes.any(False)  # until all have read `source`, which `claim` may rename
+        self.processes.wait()  # until all have read `source`, which `claim` may rename
         self.processes.from_first(self.folder.claim, log_dir, "auto" in (args.resume or []), args.overwrite, source)
         self.log = log.RunLog(self.folder.path, log_dir, self.start_epoch, quiet=not first)
         self.processes.from_first(self.log.write_history, self.history)
@@ -120,7 +120,8 @@ class Run:
         return (epoch + 1) % self.args.eval_freq == 0 or epoch == self.args.epochs - 1
 
     def shows_pictures(self, epoch):
-        return (self.args.epochs - 1 - epoch) % math.ceil(self.args.epochs / PICTURES) == 0
+        every = math.ceil(self.args.epochs / PICTURES)
+        return self.evaluates(epoch) and (self.args.epochs - 1 - epoch) % every == 0
 
     def end_epoch(self, epoch, stats, subset=None):
         """Write `stats` (dict of figures) to log.txt, and a checkpoint if it is time, or if a signal came.

@@ -70,8 +70,13 @@ class Processes:
         dist.all_reduce(tensor)
         return tensor / self.world_size
 
+    def wait(self):
+        """Wait until all processes have come here."""
+        if self.world_size > 1:
+            dist.barrier(group=self._hosts)
+
     def any(self, flag):
-        """Whether `flag` (bool) holds in any process; every process gets the same answer, when all have asked."""
+        """Whether `flag` (bool) holds in any process; every process gets the same answer."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor(int(flag))
