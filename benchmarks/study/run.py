@@ -205,7 +205,7 @@ def note_killed_part(name, began_file, log, args):
 def commit():
     """The commit that a run is trained by, and whether the product differs from it."""
     name = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    changed = ["git", "diff", "--quiet", "HEAD", "--", "*.py", ":!benchmarks", ":!tests"]
+    changed = ["git", "diff", "--quiet", "HEAD", "--", "*.py", ":!benchmarks", ":!image", ":!tests"]
     return name + (" with changes" if subprocess.call(changed, cwd=ROOT) else "")
 
 
