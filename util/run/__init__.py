@@ -93,7 +93,8 @@ class Run:
         log_dir = Path(args.log_dir or args.output_dir)
         source = begin_from(self, model, optimizer)
         self.processes.wait()  # until all have read `source`, which `claim` may rename
-        self.processes.from_first(self.folder.claim, log_dir, "auto" in (args.resume or []), args.overwrite, source)
+        auto = "auto" in (args.resume or [])
+        self.processes.from_first(self.folder.claim, log_dir, auto, args.overwrite, source)
         self.log = log.RunLog(self.folder.path, log_dir, self.start_epoch, quiet=not first)
         self.processes.from_first(self.log.write_history, self.history)
         self.progress = log.Progress(args.epochs * steps, self.start_epoch * steps, quiet=not first)
@@ -105,7 +106,8 @@ class Run:
                  f"{self.device}, amp {args.amp}, lr {lr:g}, {self.processes.world_size} process(es)")
         network = model
         if self.processes.world_size > 1:
-            network = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+            on_gpu = self.device.type == "cuda"
+            network = DistributedDataParallel(model, device_ids=[self.device] if on_gpu else None)
         # One graph for each batch size. With dynamic shapes, the smaller last batch would slow down all later ones.
         return torch.compile(network, dynamic=False) if args.compile else network
 

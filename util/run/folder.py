@@ -22,8 +22,11 @@ class Folder:
 
     def checkpoints(self):
         """Paths of `checkpoint-<epoch>.pth`, in the order of epochs. (A checkpoint-9-best.pth is the user's copy.)"""
-        matches = [re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in self.path.glob("checkpoint-*.pth")]
-        return [self.path / match[0] for match in sorted(filter(None, matches), key=lambda match: int(match[1]))]
+        by_epoch = {}
+        for path in self.path.glob("checkpoint-*.pth"):
+            if match := re.fullmatch(r"checkpoint-(\d+)\.pth", path.name):
+                by_epoch[int(match[1])] = path
+        return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
     def claim(self, log_dir, auto, overwrite, source):
         """Make the folder ready for a run, and lock it until `release` or the end of the process.
