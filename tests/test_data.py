@@ -1,4 +1,5 @@
 import hashlib
+import importlib
 import pickle
 
 import numpy as np
@@ -151,6 +152,21 @@ def test_shot_groups():
     for dataset, counts in [(ImbalanceCIFAR10, long_tailed_counts(10, 5000, 100)), (toy, toy.class_counts)]:
         groups = [np.flatnonzero(group).tolist() for group in shot_groups(counts, dataset.shot_thresholds)]
         assert groups == [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]]
+
+
+@pytest.mark.parametrize("stage", ["pretrain_bns", "lineprob_bns", "finetune_ipdpp"])
+def test_scripts_train_on_the_images_that_root_and_factor_name(stage, fake, tmp_path):
+    """All in one batch, which no other factor would fill."""
+    dataset, root = fake
+    script = importlib.import_module(f"main_cifar{dataset.num_classes}_{stage}")
+    images = sum(int(12 * 12 ** (-c / (dataset.num_classes - 1)) + 1e-9) for c in range(dataset.num_classes))
+    flags = ["--data_root", root, "--imbalanced_factor", 12, "--batch_size", images, "--model", "test_resnet",
+             "--input_size", 8, "--device", "cpu", "--amp", "none", "--epochs", 1, "--output_dir", tmp_path / "run"]
+    if stage != "pretrain_bns":
+        flags += ["--num_samples", 12]
+    record, = script.main(script.get_args_parser().parse_args([str(flag) for flag in flags]))
+    assert record["train_images"] == images
+    assert (tmp_path / "run" / f"{stage}_cifar{dataset.num_classes}_if12.pth").exists()
 
 
 # Files that are absent, damaged or foreign.
