@@ -1,0 +1,81 @@
+"""What stage 2 draws, trains on and says of its draws, against brute force and figures worked out anew."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+
+import main_cifar10_finetune_ipdpp as finetune
+from util.batches import EpochBatches
+from util.ip_dpp import draw_subset, inclusion_probabilities
+
+
+def brute_force_inclusion(log_p, k, kernel):
+    """P(i in Y) from the determinants of all k x k submatrices of equation 16, or of that with N^2."""
+    p = np.exp(log_p)
+    n = len(p)
+    off = np.outer(p, p) / (n if kernel == "paper" else n ** 2)
+    np.fill_diagonal(off, 0)
+    matrix = off + np.diag(1 - off.sum(1))
+    weights = {y: np.linalg.det(matrix[np.ix_(y, y)]) for y in itertools.combinations(range(n), k)}
+    return np.array([sum(w for y, w in weights.items() if i in y) for i in range(n)]) / sum(weights.values())
+
+
+@pytest.mark.parametrize("kernel", ["paper", "published"])
+def test_each_class_is_drawn_by_the_probabilities_of_its_own_images(kernel):
+    """What is hard in one class is easy in the other, and the classes are mixed in the data set."""
+    targets = np.array([0, 1] * 6 + [2])
+    log_p = np.log(np.where(np.arange(13) < 6, [0.02, 0.99] * 6 + [0.5], [0.99, 0.02] * 6 + [0.5]))
+    draws = 2000
+    drawn = torch.cat([draw_subset(log_p, targets, 2, (0, redraw), "exact", kernel) for redraw in range(draws)])
+    observed = np.bincount(drawn.numpy(), minlength=13) / draws
+    for c in (0, 1):
+        members = np.flatnonzero(targets == c)
+        expected = brute_force_inclusion(log_p[members], 2, kernel)
+        assert np.abs(observed[members] - expected).max() < 4.5 * np.sqrt(0.25 / draws)
+        assert kernel == "published" or np.ptp(expected) > 0.1  # or draws by another class's images would pass too
+    assert observed[12] == 1
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """(draws, trained on): arguments and result of each draw of a run, and the sorted images of each epoch."""
+    draws, epochs, iterate = [], [], EpochBatches.__iter__
+
+    def draw(*args):
+        draws.append((*args, draw_subset(*args)))
+        return draws[-1][-1]
+
+    def iterate_and_note(batches):
+        epochs.append(torch.cat(list(batches.indices)).sort().values.tolist())
+        return iterate(batches)
+
+    monkeypatch.setattr(finetune, "draw_subset", draw)
+    monkeypatch.setattr(EpochBatches, "__iter__", iterate_and_note)
+    return draws, epochs
+
+
+@pytest.mark.parametrize("kernel", ["paper", "published"])
+def test_epochs_train_on_the_last_draw_and_the_log_describes_it(kernel, watched, few_images, no_pictures, tmp_path):
+    draws, epochs = watched
+    history = run(finetune, tmp_path, "--epochs", 5, "--sampling_freq", 2, "--num_samples", 15, "--batch_size", 20,
+                  "--blr", 0.2, "--warmup_epochs", 0, "--ipdpp_kernel", kernel)
+    subsets = [draw[-1].tolist() for draw in draws]
+    assert epochs == [sorted(subsets[number]) for number in (0, 1, 1, 2, 2)]  # new before epochs 1 and 3
+    assert len(set(map(tuple, subsets))) == 3
+    records = [record["drawn"] for record in history if "drawn" in record]
+    for number, (draw, record) in enumerate(zip(draws, records, strict=True)):
+        log_p, targets, subset = np.asarray(draw[0]), np.asarray(draw[1]), subsets[number]
+        assert [figures["class"] for figures in record] == [0, 1, 2]  # those of more than 15 images
+        for figures in record:
+            members = np.flatnonzero(targets == figures["class"])
+            taken = np.isin(members, subset)
+            inclusion = inclusion_probabilities(log_p[members], 15, kernel)
+            p = np.exp(log_p[members])
+            expected = {"mean_p": p.mean(), "drawn_mean_p": p[taken].mean(), "left_mean_p": p[~taken].mean(),
+                        "max_inclusion": inclusion.max(), "min_inclusion": inclusion.min()}
+            if number:
+                expected["changed"] = len(set(members[taken]) - set(subsets[number - 1]))
+            assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+            assert ("changed" in figures) == bool(number)
