@@ -40,12 +40,10 @@ def test_a_resumed_run_by_sgd_ends_as_one_left_alone(script, quick_runs, tmp_pat
 
 
 @pytest.mark.parametrize("before, after", [("adamw", "sgd"), ("sgd", "adamw")])
-def test_a_run_that_changes_its_optimiser_says_so(before, after, quick_runs, tmp_path, capsys):
+def test_a_run_can_change_its_optimiser(before, after, quick_runs, tmp_path):
     run(LINEPROB, tmp_path, *BRIEF, "--opt", before)
-    capsys.readouterr()
-    run(LINEPROB, tmp_path, *BRIEF, "--opt", after, "--epochs", 2, "--resume", "auto")
-    out = capsys.readouterr().out
-    assert re.search(f"--opt: .*{before}.*{after}", out) and "the optimiser starts afresh" in out
+    history = run(LINEPROB, tmp_path, *BRIEF, "--opt", after, "--epochs", 2, "--resume", "auto")
+    assert [record["epoch"] for record in history] == [0, 1]
 
 
 def test_sgd_is_pytorchs_with_nesterov_momentum(quick_runs, tmp_path):
@@ -66,22 +64,21 @@ def test_sgd_is_pytorchs_with_nesterov_momentum(quick_runs, tmp_path):
 
 
 @pytest.mark.parametrize("target", [PRETRAIN, LINEPROB, FINETUNE])
-@pytest.mark.parametrize("source", [PRETRAIN, FINETUNE])
-def test_encoder_begins_a_new_run_from_the_file_of_any_stage(source, target, quick_runs, tmp_path, capsys):
+@pytest.mark.parametrize("source", [PRETRAIN, LINEPROB, FINETUNE])
+def test_a_new_run_begins_with_the_encoder_of_any_stage(source, target, quick_runs, tmp_path):
+    """Of its own stage by --encoder, since --resume would continue the run. Its head is a new one."""
     run(source, tmp_path / "source", *BRIEF)
-    given = weights(source, tmp_path / "source")
-    path = final(source, tmp_path / "source")
-    history = run(target, tmp_path / "target", *BRIEF, "--lr", 1e-12, "--encoder", path)
+    path, given = final(source, tmp_path / "source"), weights(source, tmp_path / "source")
+    flag = "--encoder" if source == target else "--resume"
+    history = run(target, tmp_path / "target", *BRIEF, "--lr", 1e-12, flag, path)
     assert [record["epoch"] for record in history] == [0]
     taken = weights(target, tmp_path / "target")
     for name, value in given.items():
-        if name.startswith("enc.") and not re.search("running|num_batches", name):
+        if name.startswith("enc.") and (target == LINEPROB or not re.search("running|num_batches", name)):
             torch.testing.assert_close(taken[name], value, atol=1e-9, rtol=0)
-    if source == target:  # the head is a new one
-        head = "projector.0.weight" if source == PRETRAIN else "lin.bias"
-        assert "starting from the encoder" in capsys.readouterr().out
-        fresh = run(target, tmp_path / "fresh", *BRIEF, "--lr", 1e-12)
-        assert fresh and torch.allclose(taken[head], weights(target, tmp_path / "fresh")[head], atol=1e-9)
+        elif source == target and name in ("projector.0.weight", "lin.weight"):
+            run(target, tmp_path / "fresh", *BRIEF, "--lr", 1e-12)
+            torch.testing.assert_close(taken[name], weights(target, tmp_path / "fresh")[name], atol=1e-9, rtol=0)
 
 
 def test_a_run_from_an_encoder_continues_by_itself(quick_runs, tmp_path):
@@ -92,12 +89,3 @@ def test_a_run_from_an_encoder_continues_by_itself(quick_runs, tmp_path):
     history = run(FINETUNE, tmp_path / "run", *flags, "--epochs", 2, "--lr", 1e-12)
     assert [record["epoch"] for record in history] == [0, 1]
     torch.testing.assert_close(weights(FINETUNE, tmp_path / "run")["lin.weight"], first["lin.weight"])
-
-
-def test_augment_and_min_crop_change_what_is_trained_on(quick_runs, tmp_path):
-    def loss(*flags):
-        return run(FINETUNE, tmp_path / " ".join(map(str, flags)), *BRIEF, *flags)[0]["train_loss"]
-
-    losses = [loss("--augment", name) for name in ("simclr", "crop", "auto")] + [loss("--min_crop", 0.9)]
-    assert len(set(losses)) == 4
-    assert loss("--augment", "crop", "--min_crop", 0.9) == losses[1]
