@@ -5,8 +5,6 @@ import pytest
 import torch
 from timm.utils import accuracy
 
-from models import create_encoder
-from util.imbalanced_cifar import ImbalanceCIFAR10, ImbalanceCIFAR100
 from util.knn import KNNClassifier
 from util.logit_adjustment import LogitAdjustedLoss, adjust_logits, log_class_shares
 from util.metrics import classification_metrics, confusion_matrix, shot_groups
@@ -105,14 +103,6 @@ def test_counts_of_another_length_are_refused():
         adjust_logits(torch.zeros(2, 3), [5])
 
 
-def test_equal_adjusted_logits_go_to_the_first_class():
-    logits, counts = torch.tensor([[math.log(3), 0.0]]), [75, 25]
-    assert adjust_logits(logits.double(), counts)[0].tolist() == pytest.approx([math.log(4), math.log(4)])
-    adjusted = adjust_logits(torch.zeros(2, 2), [50, 50])
-    metrics = classification_metrics(adjusted, torch.tensor([0, 1]), [600, 100], THRESHOLDS)
-    assert (metrics["acc1"], metrics["many"], metrics["few"]) == (50, 1, 0)
-
-
 def test_training_on_shifted_logits_and_predicting_on_adjusted_ones_undo_each_other():
     """Cross-entropy of logits plus log share is that of logits that adjustment gives back (Menon et al., eq. 10)."""
     logits, counts = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), [70, 20, 10]
@@ -167,18 +157,3 @@ def test_knn_votes_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(knn(features), KNNClassifier(features, labels, 5).float()(features))
         assert knn(features.bfloat16()).dtype == torch.float32
-
-
-@pytest.mark.parametrize("dataset", [ImbalanceCIFAR10, ImbalanceCIFAR100])
-def test_knn_of_real_images_equals_loops(dataset, cifar_root):
-    train, test = dataset(cifar_root), dataset(cifar_root, train=False)
-    rng = np.random.default_rng(0)
-    mine, asked = rng.choice(len(train.data), 300, replace=False), rng.choice(len(test.data), 40, replace=False)
-    encoder = create_encoder("test_resnet").eval()
-    with torch.no_grad():
-        features, queries = (encoder(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
-                             for images in (train.data[mine], test.data[asked]))
-    labels = torch.tensor(train.targets)[mine]
-    votes = KNNClassifier(features, labels, train.num_classes)(queries)
-    expected = knn_by_loops(features, labels, queries, train.num_classes, 200, 0.1)
-    assert votes.argmax(1).tolist() == [max(range(train.num_classes), key=vote.__getitem__) for vote in expected]
