@@ -32,17 +32,15 @@ def note_batches(folder, compiles):
         torch.compile = lambda network, **_: network
 
 
-def update(model, optimizer, batches, loss_of):
-    """One step on the batches of both processes. Batch norm keeps the statistics of the first process only."""
+def backward(model, batches, loss_of, share):
+    """Gradients of the batches of both processes. Batch norm keeps the statistics of the first process only."""
     first = model(*batches[0][0])
     statistics = {name: value.clone() for name, value in model.named_buffers()}
     second = model(*batches[1][0])
     for name, value in model.named_buffers():
         value.data.copy_(statistics[name])
     loss = loss_of((first, second), [labels for _, labels in batches])
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    (loss / share).backward()
     return loss.item()
 
 
@@ -57,9 +55,10 @@ def mean_cross_entropy(outputs, labels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, images, compiles", [("pretrain_bns", 40, False), ("finetune_ipdpp", 20, True)])
-def test_two_processes_train_as_worked_out_by_hand(stage, images, compiles, tmp_path):
-    flags = [*FLAGS, "--batch_size", images // 2, *["--compile"] * compiles]
+@pytest.mark.parametrize("stage, images, accum_iter, compiles", [("pretrain_bns", 40, 1, False),
+                                                                 ("finetune_ipdpp", 20, 2, True)])
+def test_two_processes_train_as_worked_out_by_hand(stage, images, accum_iter, compiles, tmp_path):
+    flags = [*FLAGS, "--batch_size", images // 2, "--accum_iter", accum_iter, *["--compile"] * compiles]
     finish(*pair(stage, tmp_path / "run", *flags, prepare=functools.partial(note_batches, tmp_path, compiles)))
     trained = load_checkpoint(tmp_path / "run" / f"{stage}_cifar10_if100.pth")
     record, = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
@@ -72,12 +71,17 @@ def test_two_processes_train_as_worked_out_by_hand(stage, images, compiles, tmp_
     decayed = [{"params": [p for p in model.parameters() if (p.ndim > 1) == heavy], "weight_decay": 0.1 * heavy}
                for heavy in (True, False)]
     optimizer = torch.optim.SGD(decayed, momentum=0.9, nesterov=True, lr=1.0)
-    steps, lr, losses = len(shares[0]), 0.4 * images / 256, []
-    for step, batches in enumerate(zip(*shares, strict=True)):
+    steps, losses = list(zip(*shares, strict=True)), []
+    updates = [steps[i:i + accum_iter] for i in range(0, len(steps), accum_iter)]
+    loss_of = bns_loss if stage == "pretrain_bns" else mean_cross_entropy
+    for number, update in enumerate(updates):
         for group in optimizer.param_groups:
-            group["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-        losses.append(update(model, optimizer, batches, bns_loss if stage == "pretrain_bns" else mean_cross_entropy))
-    assert record["train_loss"] == pytest.approx(sum(losses) / steps, abs=1e-5)
+            lr = 0.4 * images * accum_iter / 256
+            group["lr"] = lr * (1 + math.cos(math.pi * number / len(updates))) / 2
+        optimizer.zero_grad()
+        losses += [backward(model, batches, loss_of, len(update)) for batches in update]
+        optimizer.step()
+    assert len(updates) > 1 and record["train_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert record["train_images"] == sum(len(labels) for share in shares for _, labels in share)
     assert record["train_lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5)
     for name, value in model.state_dict().items():
