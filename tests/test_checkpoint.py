@@ -2,19 +2,15 @@
 import argparse
 import importlib
 import math
-import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Payload, final_file
-from conftest import run as run_tiny
+from conftest import final_file
 
-import main_cifar10_lineprob_bns
 import main_cifar10_pretrain_bns
 from models import BNSNetwork, Classifier, create_encoder
-from util.errors import UserError
 from util.run.checkpoint import load_checkpoint, load_weights, save_checkpoint, stage_of
 from util.toy_data import ToyCIFAR
 
@@ -199,38 +195,6 @@ def test_eval_of_a_published_checkpoint(classes, stage, few_images, tmp_path, mo
     assert metrics["test_loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_a_published_run_continues_under_the_name_of_its_own_network(few_images, tmp_path, capsys):
-    """Its weights fit, and it holds no optimiser state."""
-    torch.manual_seed(0)
-    model = BNSNetwork(create_encoder("test_resnet", 16), 128)
-    torch.save({"model": model.state_dict(), "epoch": 0, "args": argparse.Namespace(model="bns_resnet")},
-               tmp_path / "published.pth")
-    flags = ["--epochs", 2, "--batch_size", 60, "--output_dir", tmp_path / "run", "--lr", 1e-20]
-    run_tiny(main_cifar10_pretrain_bns, tmp_path, *flags, "--resume", tmp_path / "published.pth")
-    assert ": --resume" not in (out := capsys.readouterr().out)
-    assert "published.pth holds no optimiser state that fits; the optimiser starts afresh\n" in out
-    assert "in epoch 1\n" in out
-    trained = load_checkpoint(final_file(main_cifar10_pretrain_bns, tmp_path / "run"))["model"]
-    torch.testing.assert_close(trained["enc.conv1.weight"], model.enc.conv1.weight)
-
-
-@pytest.mark.parametrize("args", [None, [1, 2], "flags", {"stage": "pretrain_bns"}])
-def test_args_of_any_kind(args, tmp_path):
-    torch.save({"model": {"enc.weight": torch.ones(2)}, "args": args}, tmp_path / "file.pth")
-    assert load_checkpoint(tmp_path / "file.pth")["args"] == (args if isinstance(args, dict) else {})
-
-
-@pytest.mark.slow
-def test_published_encoder_starts_a_later_stage(few_images, tmp_path):
-    weights = published_weights(DEPTHS["resnet18"], layers_after_encoder("pretrain_bns"))
-    path = write_published(tmp_path / "published.pth", weights, "pretrain_bns")
-    run(main_cifar10_lineprob_bns, "--resume", path, "--epochs", 1, "--num_samples", 5, "--output_dir", tmp_path / "l")
-    probed = load_checkpoint(final_file(main_cifar10_lineprob_bns, tmp_path / "l"))["model"]
-    for name, value in weights.items():
-        if name.startswith("enc."):
-            assert torch.equal(probed[name.replace("shortcut", "downsample")], value), name
-
-
 @pytest.mark.slow
 def test_published_pretraining_goes_on_from_its_epoch(few_images, tmp_path, capsys):
     weights = published_weights(DEPTHS["resnet18"], layers_after_encoder("pretrain_bns"))
@@ -256,11 +220,3 @@ def test_prefixes_of_wrappers_are_stripped(prefix, tmp_path):
 def test_numbers_of_numpy_are_plain_values(number, tmp_path):
     torch.save({"model": {}, "best": number}, tmp_path / "numpy.pth")
     assert load_checkpoint(tmp_path / "numpy.pth")["best"] == number
-
-
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
-def test_foreign_pickle_is_refused_and_not_run(save, tmp_path):
-    save({"model": {}, "payload": Payload(tmp_path / "ran")}, tmp_path / "foreign.pth")
-    with pytest.raises(UserError, match="--eval .*foreign.pth"):
-        load_checkpoint(tmp_path / "foreign.pth", "--eval")
-    assert not (tmp_path / "ran").exists()
