@@ -4,7 +4,6 @@ import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,10 @@ from models import BNSNetwork, Classifier, create_encoder
 from util.augment import SimCLRAugment
 from util.batches import DeviceLoader, EpochBatches, to_device
 from util.bns_loss import BNSLoss
-from util.errors import UserError
 from util.ip_dpp import KERNELS, draw_subset
 from util.run.checkpoint import load_checkpoint, load_weights
 from util.run.log import Progress
-from util.run.processes import amp_dtype, peak_memory
+from util.run.processes import amp_dtype
 from util.toy_data import ToyCIFAR
 
 pytestmark = pytest.mark.usefixtures("few_images", "no_pictures")
@@ -132,24 +130,6 @@ def test_learning_rate_at_every_update(accum_iter, tmp_path):
     assert [record["train_lr"] for record in history] == pytest.approx(expected[updates - 1::updates], rel=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script, batch_size, accum_iter, images", [
-    (pretrain, 48, 2, 96), (pretrain, 48, 100, 96),  # the incomplete last batch is left out
-    (lineprob, 10, 6, 58), (lineprob, 100, 1, 58), (finetune, 10, 100, 58), (finetune, 100, 1, 58)])
-def test_learning_rate_counts_the_images_of_an_update(script, batch_size, accum_iter, images, tmp_path):
-    """They are all images of an epoch here; the batch, or the accumulation, could hold more."""
-    flags = [] if script is pretrain else ["--num_samples", 10]
-    run(script, tmp_path, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", batch_size, "--blr", 0.01,
-        "--accum_iter", accum_iter, *flags)
-    assert rates(tmp_path) == pytest.approx([0, 0.01 * images / 256], rel=1e-5)
-
-
-def test_a_long_warm_up_is_cut_aloud(tmp_path, capsys):
-    run(lineprob, tmp_path, "--epochs", 5, "--warmup_epochs", 5, "--num_samples", 2, "--lr", 0.3)
-    assert "--warmup_epochs: 5 of --epochs 5 would leave no epoch after it; using 1" in capsys.readouterr().out
-    assert rates(tmp_path) == pytest.approx([plain_lr(epoch, 0.3, 0, 1, 5) for epoch in range(5)], rel=1e-5)
-
-
 # --------------------------------------------------------------------------------------- predictions
 
 
@@ -177,19 +157,6 @@ def test_predict_equals_a_direct_forward(height, width):
 
 def checkpoints(folder, epochs):
     return [load_checkpoint(folder / f"checkpoint-{epoch}.pth") for epoch in range(epochs)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("epochs, sampling_freq, expected", [
-    (5, 2, [0, 1, 3]), (4, 1, [0, 1, 2]), (1, 10, [0])])
-def test_redraw_schedule(epochs, sampling_freq, expected, tmp_path):
-    run(finetune, tmp_path, "--epochs", epochs, "--sampling_freq", sampling_freq, "--num_samples", 5, "--save_freq", 1,
-        "--keep_checkpoints", 0)
-    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert [record["epoch"] for record in records if "drawn" in record] == expected
-    subsets = [checkpoint["subset"] for checkpoint in checkpoints(tmp_path, epochs)]
-    for epoch in range(1, epochs):
-        assert torch.equal(subsets[epoch], subsets[epoch - 1]) == (epoch not in expected)
 
 
 @pytest.mark.slow
@@ -232,25 +199,6 @@ def test_draws_see_the_current_model_on_clean_images(sampler, kernel, tmp_path):
     assert (seen[0] - seen[1]).abs().max() > 0.01, "or an old model's draw would pass too"
 
 
-@pytest.mark.parametrize("sampler, said", [("mcmc", 1), ("exact", 0)])
-def test_the_chains_run_says_once_how_many_steps_it_needs(sampler, said, tmp_path, capsys):
-    run(finetune, tmp_path, "--epochs", 3, "--sampling_freq", 1, "--num_samples", 10, "--ipdpp_sampler", sampler,
-        "--mcmc_steps", 20)
-    assert capsys.readouterr().out.count("--mcmc_steps 20: the chain mixes in about 46 steps; after far fewer") == said
-
-
-def test_probing_subset_is_seeded_balanced_and_stays(tmp_path):
-    subsets = []
-    for i, seed in enumerate((0, 0, 1)):
-        run(lineprob, tmp_path / str(i), "--epochs", 3, "--num_samples", 5, "--seed", seed, "--save_freq", 1)
-        first, *others = [checkpoint["subset"] for checkpoint in checkpoints(tmp_path / str(i), 3)]
-        assert all(torch.equal(subset, first) for subset in others)
-        subsets.append(first)
-    assert torch.equal(subsets[0], subsets[1]) and not torch.equal(subsets[0], subsets[2])
-    train_set = ToyCIFAR(10)
-    assert np.bincount(np.array(train_set.targets)[subsets[0]]).tolist() == train_set.class_counts.clip(max=5).tolist()
-
-
 # --------------------------------------------------------------------------------------- records and refusals
 
 
@@ -269,34 +217,6 @@ def test_log_holds_one_object_per_epoch(script, flags, evaluated, drawn, tmp_pat
         expected = {"epoch", "train_loss", "train_lr", "train_images"}
         expected |= (figures if epoch in evaluated else set()) | ({"drawn"} if epoch in drawn else set())
         assert set(record) == expected and record["epoch"] == epoch
-
-
-def test_a_diverged_run_stops_before_its_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="epoch 1: the loss or a weight is not finite"):
-        run(finetune, tmp_path, "--epochs", 3, "--warmup_epochs", 1, "--lr", 1e36, "--num_samples", 50,
-            "--save_freq", 1, "--eval_freq", 100)
-    assert [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint-0.pth"]
-
-
-@pytest.mark.slow
-# No last batch has one image, which batch norm cannot train on where the features are 1 x 1.
-@pytest.mark.parametrize("flags", [
-    ["--model", "mobilenetv3_small_050", "--input_size", 32, "--num_samples", 1, "--batch_size", 3],
-    ["--model", "resnet18", "--input_size", 8, "--num_samples", 1, "--batch_size", 9]])
-def test_the_last_image_of_an_epoch_is_not_alone(flags, tmp_path):
-    record, = run(finetune, tmp_path, "--epochs", 1, *flags)
-    assert record["train_images"] == 10
-
-
-def test_the_largest_seed_is_taken(tmp_path):
-    run(finetune, tmp_path, "--epochs", 2, "--num_samples", 2, "--seed", 2**63 - 1)
-
-
-@pytest.mark.parametrize("system, unit", [("Linux", 2**10), ("Darwin", 1)])
-def test_peak_memory_in_the_units_of_the_system(system, unit, monkeypatch):
-    monkeypatch.setattr("platform.system", lambda: system)
-    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 2**30 // unit))
-    assert peak_memory(CPU) == 3
 
 
 def test_amp_auto_is_bfloat16_where_the_cpu_has_it(monkeypatch):
