@@ -1,6 +1,5 @@
 """A run that was killed, stopped or changed goes on as it should: at the start of an epoch, as if nothing had been."""
 import functools
-import importlib
 import json
 import os
 import random
@@ -143,17 +142,11 @@ def test_signals_within_a_second_count_as_one_and_a_later_one_ends_at_once(first
 # ---------------------------------------------------------------------------------------- other flags, other files
 
 
-def test_changed_flags_are_said_aloud_and_obeyed(quick_runs, tmp_path, capsys):
+def test_changed_flags_are_obeyed(quick_runs, tmp_path):
     flags = ["--num_samples", 10, "--batch_size", 20]
     run(LINEPROB, tmp_path, *flags, "--epochs", 2)
     run(LINEPROB, tmp_path, *flags, "--epochs", 4, "--lr", "0.125", "--batch_size", 58, "--warmup_epochs", 0,
         "--resume", "auto")
-    output = capsys.readouterr().out
-    for line in ("--epochs: 2 in the checkpoint, 4 from here on", "--lr: None in the checkpoint, 0.125 from here on",
-                 "--batch_size: 20 in the checkpoint, 58 from here on"):
-        assert line in output
-    assert output.count("in the checkpoint") == 3  # --resume and other flags of the run itself change without a word
-    assert "1 steps an epoch" in output
     assert epochs(tmp_path) == [0, 1, 2, 3]
     assert records(tmp_path)[2]["train_lr"] == pytest.approx(0.125 / 2)  # half way down half a cosine of 4 updates
 
@@ -172,40 +165,6 @@ def test_a_changed_draw_is_drawn_at_once(before, after, images, quick_runs, tmp_
     new = load_checkpoint(tmp_path / "checkpoint-3.pth")["subset"]
     assert [record["train_images"] for record in records(tmp_path)] == [len(old)] * 2 + [images] * 2
     assert len(new) == images and not torch.equal(old, new)
-
-
-def learning_rates(folder):
-    """All that TensorBoard shows from epoch 2 on, by step."""
-    return {step: value for tag, step, value in tensorboard(folder) if tag == "lr" and step >= 2000}
-
-
-def test_changed_accum_iter_has_the_rate_of_its_own_updates(quick_runs, tmp_path):
-    """The first run stops in the middle of what would be one update of the second."""
-    flags = ["--epochs", 4, "--num_samples", 10, "--batch_size", 8, "--lr", 0.1, "--warmup_epochs", 3,
-             "--save_freq", 2]
-    run(LINEPROB, tmp_path / "whole", *flags, "--accum_iter", 3)
-    run(LINEPROB, tmp_path / "first", *flags)
-    run(LINEPROB, tmp_path / "second", *flags, "--accum_iter", 3, "--resume", tmp_path / "first" / "checkpoint-1.pth")
-    rates = learning_rates(tmp_path / "second")
-    assert rates == learning_rates(tmp_path / "whole") and len(rates) == 2 * 3 and len(set(rates.values())) > 3
-
-
-def test_model_with_a_parameter_that_is_never_used(quick_runs, tmp_path, monkeypatch, capsys):
-    script = importlib.import_module(FINETUNE)
-    create = script.create_encoder
-
-    def with_unused(*args):
-        encoder = create(*args)
-        encoder.unused = torch.nn.Parameter(torch.ones(3))
-        return encoder
-
-    monkeypatch.setattr(script, "create_encoder", with_unused)
-    for folder, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
-        run(FINETUNE, tmp_path / folder, "--num_samples", 5, "--epochs", epochs, "--lr", 0.01, "--warmup_epochs", 0,
-            "--min_lr", 0.01, "--resume", "auto")
-    assert "starts afresh" not in capsys.readouterr().out
-    whole, parts = (load_checkpoint(tmp_path / folder / "checkpoint-1.pth")["model"] for folder in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_tensorboard_has_each_epoch_once(quick_runs, tmp_path):
@@ -228,8 +187,3 @@ def test_nothing_left_to_train_writes_the_final_file(quick_runs, tmp_path, capsy
     assert (tmp_path / "b" / "log.txt").read_bytes() == (tmp_path / "a" / "log.txt").read_bytes()
     weights, trained = (load_checkpoint(path)["model"] for path in (final, tmp_path / "a" / final.name))
     assert all(torch.equal(value, trained[name]) for name, value in weights.items())
-
-
-def test_auto_without_a_checkpoint_says_so(quick_runs, tmp_path, capsys):
-    run(LINEPROB, tmp_path, "--epochs", 1, "--num_samples", 5, "--resume", "auto")
-    assert f"--resume auto: no checkpoint in {tmp_path} yet" in capsys.readouterr().out
