@@ -186,38 +186,6 @@ def test_two_processes_give_the_loss_and_gradient_of_one(form, tmp_path):
         torch.testing.assert_close(torch.cat(shards) / 2, expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_graph_compiles_whole(form):
-    emb_i, emb_j, labels = batch(12, 3)
-    compiled = torch.compile(BNSLoss(form=form), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(emb_i, emb_j, labels), BNSLoss(form=form)(emb_i, emb_j, labels))
-
-
-@pytest.mark.parametrize(
-    "argument, value",
-    [("temperature", 0.0), ("temperature", math.nan), ("form", "eq13"), ("num_extra_positives", -1)],
-)
-def test_wrong_settings_name_the_argument(argument, value):
-    with pytest.raises(ValueError, match=f"^{argument} "):
-        BNSLoss(**{argument: value})
-
-
-@pytest.mark.parametrize(
-    "argument, shapes",
-    [
-        ("emb_i", ((4,), (4,), (4,))),
-        ("emb_i", ((0, 3), (0, 3), (0,))),
-        ("emb_j", ((4, 3), (5, 3), (4,))),
-        ("labels", ((4, 3), (4, 3), (5,))),
-        ("labels", ((4, 3), (4, 3), (4, 1))),
-    ],
-)
-def test_wrong_shapes_name_the_argument(argument, shapes):
-    emb_i, emb_j, labels = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=f"^{argument} "):
-        BNSLoss()(emb_i, emb_j, labels.long())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
 def test_cuda_gives_the_same_loss_without_synchronising(form):
