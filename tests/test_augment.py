@@ -64,13 +64,6 @@ def sampled(num_images, strength=1.0, height=32, width=32, seed=0):
     return SimCLRAugment(32, strength).sample(num_images, height, width, generator(seed))
 
 
-def only(part, num_images, strength=2.0):
-    """Parameters of one jitter part, its factors sampled."""
-    factors = torch.tensor(NEUTRAL_FACTORS).repeat(num_images, 1)
-    factors[:, part] = sampled(num_images, strength).factors[:, part]
-    return identity(num_images, jitter=torch.ones(num_images, dtype=torch.bool), factors=factors)
-
-
 @pytest.mark.parametrize("height, width, size", [(32, 32, 32), (20, 44, 32), (96, 80, 32), (32, 32, 24), (7, 5, 16)])
 def test_crop_and_flip_are_torchvisions(height, width, size):
     images, p = random_images(50, height, width), sampled(50, 1.0, height, width)

@@ -2,7 +2,6 @@
 import pickle
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from conftest import TINY, Payload, command_line, contents, draw_few
 from util.run.checkpoint import load_checkpoint
 from util.toy_data import ToyCIFAR
 
-ROOT = Path(__file__).resolve().parent.parent
 TOY = [*TINY, "--epochs", "2", "--batch_size", "60"]
 PRETRAIN, LINEPROB, FINETUNE = (f"main_cifar10_{stage}" for stage in ("pretrain_bns", "lineprob_bns", "finetune_ipdpp"))
 

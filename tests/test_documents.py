@@ -19,7 +19,6 @@ from util.run.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-STAGES = ("pretrain_bns", "lineprob_bns", "finetune_ipdpp")
 # Whose log each of the files in results/ is the end of, and by which figure of it that can be told.
 OWN_LOG = {"pretrain_bns": ("bns-seed0.txt", "knn_acc1"), "lineprob_bns": ("bns-probe-seed42.txt", "test_acc1"),
            "finetune_ipdpp": ("bns-ipdpp-seed42.txt", "test_acc1")}

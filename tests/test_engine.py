@@ -186,14 +186,10 @@ def test_draws_see_the_current_model_on_clean_images(sampler, kernel, tmp_path):
         margins = torch.stack([row[c] - torch.cat((row[:c], row[c + 1:])).max()
                                for row, c in zip(logits, targets, strict=True)])
         is_drawn = torch.isin(torch.arange(len(targets)), subset)
-        assert [figures["class"] for figures in history[epoch]["drawn"]] == [0, 1, 2]  # of more than 15 images
         for figures in history[epoch]["drawn"]:
             members = targets == figures["class"]
-            expected = {"mean_p": log_p[members].exp().mean().item()}
-            for name, part in (("drawn", members & is_drawn), ("left", members & ~is_drawn)):
-                expected[f"{name}_mean_p"] = log_p[part].exp().mean().item()
-                expected[f"{name}_margin"] = margins[part].mean().item()
-            assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+            for name, part in (("drawn_margin", members & is_drawn), ("left_margin", members & ~is_drawn)):
+                assert figures[name] == pytest.approx(margins[part].mean().item(), abs=1e-4)
             assert ("changed" in figures) == (epoch == 1) and ("max_inclusion" in figures) == (sampler == "exact")
         seen.append(log_p)
     assert (seen[0] - seen[1]).abs().max() > 0.01, "or an old model's draw would pass too"
