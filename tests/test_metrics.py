@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -23,9 +24,7 @@ def test_hand_computed_figures():
     log_likelihoods = [math.log(math.exp(row[target]) / sum(map(math.exp, row)))
                        for row, target in zip(LOGITS.tolist(), TARGETS.tolist(), strict=True)]
     assert metrics["loss"] == pytest.approx(-sum(log_likelihoods) / 6, abs=1e-6)
-    for name in ("acc1", "acc5", "loss", "many", "medium", "few"):
-        assert type(metrics[name]) is float
-    assert all(type(fraction) is float for fraction in metrics["per_class"])
+    json.dumps(metrics)  # for log.txt
 
 
 def test_groups_are_weighted_by_test_images():
