@@ -86,7 +86,7 @@ def test_run_whose_terminal_has_gone_goes_on_in_silence(tmp_path):
 @pytest.mark.parametrize("redirection", ["| head -n 1", ">&- 2>&-"])
 def test_run_whose_output_cannot_be_written_goes_on(redirection, tmp_path):
     folder = tmp_path / "run"
-    flags = [*TINY, "--epochs", "2", "--batch_size", "256", "--output_dir", str(folder)]
+    flags = [*TINY, "--epochs", "1", "--batch_size", "256", "--output_dir", str(folder)]
     command = f"{sys.executable} main_cifar10_pretrain_bns.py {' '.join(flags)} {redirection}"
     end = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert "Error" not in end.stderr and (folder / "pretrain_bns_cifar10_if100.pth").exists()
