@@ -112,6 +112,7 @@ def test_fake_cifar_test_set_is_whole(fake):
     assert test.targets == [i % dataset.num_classes for i in range(len(test))]
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("factor", [100, 10])
 def test_real_cifar(cifar_root, long_tailed, balanced, factor):

@@ -141,9 +141,9 @@ def test_the_seed_decides_weights_draws_order_and_views_and_nothing_else_does(st
 # --------------------------------------------------------------------------------------- precision
 
 
-@pytest.mark.parametrize("amp, dtype", [("bfloat16", torch.bfloat16), ("float16", torch.float16),
-                                        ("none", torch.float32)])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage, amp, dtype", [
+    ("pretrain_bns", "bfloat16", torch.bfloat16), ("lineprob_bns", "bfloat16", torch.bfloat16),
+    ("finetune_ipdpp", "float16", torch.float16), ("finetune_ipdpp", "none", torch.float32)])
 def test_activations_have_the_type_that_amp_names(stage, amp, dtype, tmp_path):
     seen = set()
 

@@ -21,6 +21,7 @@ def weights(script, folder):
     return load_checkpoint(final(script, folder))["model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [PRETRAIN, LINEPROB, FINETUNE])
 def test_a_resumed_run_by_sgd_ends_as_one_left_alone(script, quick_runs, tmp_path):
     flags = ["--opt", "sgd", "--lr", 0.1, "--epochs", 4, "--batch_size", 60, "--save_freq", 2]

@@ -154,6 +154,6 @@ def test_each_stage_names_the_next_command(tmp_path, quick_runs, capsys):
 
 
 @pytest.mark.parametrize("factor", ["12.5", "100.0004"])
-def test_imbalance_factor_names_the_final_file(factor, tmp_path, few_images):
+def test_imbalance_factor_names_the_final_file(factor, tmp_path, quick_runs):
     run(LINEPROB, tmp_path, "--imbalanced_factor", factor, "--epochs", 1, "--num_samples", 2)
     assert (tmp_path / f"lineprob_bns_cifar10_if{factor}.pth").exists()
