@@ -1,4 +1,4 @@
-"""README's first command, its Python block, what it says of data sets of one's own, and the weights it offers."""
+"""README's first command, its blocks of Python, and the weights in results/."""
 import importlib
 import json
 import math
@@ -13,27 +13,30 @@ import numpy as np
 import pytest
 import torch
 
-from util import imbalanced_cifar
-from util.imbalanced_cifar import long_tailed_counts
+from util.imbalanced_cifar import DATASETS
 from util.run.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-# Whose log each of the files in results/ is the end of, and by which figure of it that can be told.
-OWN_LOG = {"pretrain_bns": ("bns-seed0.txt", "knn_acc1"), "lineprob_bns": ("bns-probe-seed42.txt", "test_acc1"),
-           "finetune_ipdpp": ("bns-ipdpp-seed42.txt", "test_acc1")}
+# Of the files in results/ that are named for their stage, the log that each is the end of.
+OWN_LOG = {"pretrain_bns": "bns-seed0.txt", "lineprob_bns": "bns-probe-seed42.txt",
+           "finetune_ipdpp": "bns-ipdpp-seed42.txt"}
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_python_blocks_of_the_readme_run(block, monkeypatch):
-    """Each leaves an `encoder` of the shapes that its comment promises, with the weights of the file."""
+def python_block(content, monkeypatch):
+    """The names that README's Python block with this content leaves."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2, "each has a test here"
+    block, = (block for block in blocks if content in block)
     monkeypatch.chdir(ROOT)
     names = {}
     exec(block, names)
-    promised = re.search(r"features \(N, (\d+)\) of float images \(N, (.*?)\)", block)
-    width, shape = int(promised[1]), [int(size) for size in promised[2].split(",")]
-    features = names["encoder"].eval()(torch.rand(2, *shape))
-    assert features.shape == (2, width)
+    return names
+
+
+def test_readme_loads_the_encoder_of_a_file(monkeypatch):
+    names = python_block("load_encoder(", monkeypatch)
+    assert names["encoder"].eval()(torch.rand(2, 3, 32, 32)).shape == (2, 64)
     saved = load_checkpoint(ROOT / names["path"])["model"]
     for name, value in names["encoder"].state_dict().items():
         assert torch.equal(value, saved[f"enc.{name}"])
@@ -62,40 +65,26 @@ def test_first_command_of_the_readme(tmp_path):
         assert row.groups()[:3] == tuple(f"{record[f'test_{shots}']:.3f}" for shots in ("many", "medium", "few"))
 
 
-class Oblong:
-    """A data set such as README asks for: 48 x 32 pixels, labels of int32, and no test images of its last class."""
-    num_classes, shot_thresholds, classes = 4, (20, 8), ["north", "east", "south", "west"]
-
-    @classmethod
-    def fetch(cls, root):
-        assert root == "here"
-
-    def __init__(self, root, imbalanced_factor, train):
-        counts = long_tailed_counts(4, 30, imbalanced_factor) if train else np.array([10, 10, 10, 0])
-        self.class_counts = counts
-        self.targets = np.repeat(np.arange(4, dtype=np.int32), counts)
-        rng = np.random.default_rng(train)
-        noise = rng.integers(0, 100, (len(self.targets), 48, 32, 3))
-        self.data = (noise + 50 * self.targets[:, None, None, None]).astype(np.uint8)
-
-    def __len__(self):
-        return len(self.data)
-
-
-def test_a_data_set_of_ones_own_passes_all_stages(tmp_path, monkeypatch):
-    assert "name it in `DATASETS`" in README
-    monkeypatch.setitem(imbalanced_cifar.DATASETS, "oblong", Oblong)
+def test_readmes_own_data_set_passes_all_stages(tmp_path, monkeypatch):
+    """Of images of 48 x 32 pixels with labels of int32, and without a test image of the last class."""
+    monkeypatch.setitem(DATASETS, "birds", None)  # so that it is gone after the test
+    python_block("class Birds", monkeypatch)
+    for part, counts in (("train", [110, 30, 12]), ("test", [10, 10, 0])):
+        labels = np.repeat(np.arange(3, dtype=np.int32), counts)
+        noise = np.random.default_rng(len(labels)).integers(0, 100, (len(labels), 48, 32, 3))
+        images = (noise + 50 * labels[:, None, None, None]).astype(np.uint8)
+        np.savez(tmp_path / f"{part}.npz", images=images, labels=labels)
 
     def trained(stage, *flags):
         script = importlib.import_module(f"main_cifar10_{stage}")
         parser = script.get_args_parser()
-        parser.set_defaults(dataset="oblong", num_classes=4, data_root="here")
+        parser.set_defaults(dataset="birds", num_classes=3, data_root=str(tmp_path))
         common = ["--model", "test_resnet", "--device", "cpu", "--amp", "none", "--imbalanced_factor", 10,
                   "--input_size", 16, "--output_dir", tmp_path / stage]
         if "--eval" not in flags:
             common += ["--epochs", 2, "--batch_size", 16, "--lr", 3e-3, "--warmup_epochs", 0]
         result = script.main(parser.parse_args([str(flag) for flag in (*common, *flags)]))
-        return result, tmp_path / stage / f"{stage}_oblong_if10.pth"
+        return result, tmp_path / stage / f"{stage}_birds_if10.pth"
 
     history, extractor = trained("pretrain_bns", "--eval_freq", 1)
     knn, _ = trained("pretrain_bns", "--eval", extractor)
@@ -104,25 +93,27 @@ def test_a_data_set_of_ones_own_passes_all_stages(tmp_path, monkeypatch):
         history, final = trained(stage, "--num_samples", 10, "--resume", extractor)
         figures, _ = trained(stage, "--eval", final)
         assert figures == {name: value for name, value in history[-1].items() if name.startswith("test_")}
-        right = [share for share in figures["test_per_class"] if share is not None]
-        assert len(right) == 3 and figures["test_per_class"][3] is None
-        assert figures["test_acc1"] == pytest.approx(100 * sum(right) / 3)
-        assert figures["test_few"] == right[2] and math.isfinite(figures["test_loss"])  # of 6 training images, not of 3
-        assert [record["train_images"] for record in history] == [10 + 10 + 6 + 3] * 2
+        many, medium, absent = figures["test_per_class"]
+        assert absent is figures["test_few"] is None and math.isfinite(figures["test_loss"])
+        assert figures["test_acc1"] == pytest.approx(100 * (many + medium) / 2)
+        assert [record["train_images"] for record in history] == [30] * 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/*_if*.pth")),
                          ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_weights_in_results_give_the_figures_of_their_own_log(path, cifar_root, capsys):
-    stage, dataset = re.fullmatch(r"(\w+?)_(cifar\d+)_if100", path.stem).groups()
-    log, name = OWN_LOG[stage]
+    """A file is named for its stage, or for the run that wrote it. README prints what --eval of one of them says."""
+    trained = load_checkpoint(path)["args"]
+    run, dataset = re.fullmatch(r"(\S+)_(cifar\d+)_if100", path.stem).groups()
+    assert dataset == trained["dataset"] and (run == trained["stage"] or run not in OWN_LOG)
+    log = OWN_LOG[run] if run in OWN_LOG else f"{run}-seed{trained['seed']}.txt"
+    name = "knn_acc1" if trained["stage"] == "pretrain_bns" else "test_acc1"
+    script = importlib.import_module(f"main_{dataset}_{trained['stage']}")
+    figures = script.main(script.get_args_parser().parse_args(["--data_root", cifar_root, "--eval", str(path)]))
     expected = json.loads((path.parent / log).read_text().splitlines()[-1])[name]
-    script = importlib.import_module(f"main_{dataset}_{stage}")
-    flags = ["--data_root", cifar_root, "--eval", str(path)]
-    figures = script.main(script.get_args_parser().parse_args(flags))
     assert figures[name] == pytest.approx(expected, abs=0.2)  # what another processor's arithmetic may change
-    if f"{path.parent.name}/{path.name}" in README:
+    if f"--eval {path.relative_to(ROOT)}" in README:
         numbers, lines = re.compile(r"\d+\.\d+"), re.compile(r"\* .*Acc@1.*")
         printed = [list(map(float, numbers.findall(line))) for line in lines.findall(README)]
         for line in lines.findall(capsys.readouterr().out):
