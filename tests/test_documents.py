@@ -93,6 +93,7 @@ def test_readmes_own_data_set_passes_all_stages(tmp_path, monkeypatch):
         history, final = trained(stage, "--num_samples", 10, "--resume", extractor)
         figures, _ = trained(stage, "--eval", final)
         assert figures == {name: value for name, value in history[-1].items() if name.startswith("test_")}
+        assert list(final.parent.glob("*/test_features/sprite.png")), "the pictures of the last epoch"
         many, medium, absent = figures["test_per_class"]
         assert absent is figures["test_few"] is None and math.isfinite(figures["test_loss"])
         assert figures["test_acc1"] == pytest.approx(100 * (many + medium) / 2)

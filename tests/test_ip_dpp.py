@@ -69,7 +69,7 @@ def test_sampler_draws_each_subset_as_often_as_its_determinant_says(regime, kern
     subsets, determinants = brute_force(log_p, k, kernel)
     rng = np.random.default_rng(1)
     code = {tuple(y): number for number, y in enumerate(subsets.tolist())}
-    draws = 50_000
+    draws = 20_000
     observed = np.bincount([code[tuple(sample_k_dpp(log_p, k, rng, kernel).tolist())] for _ in range(draws)],
                            minlength=len(subsets))
     expected = draws * determinants / determinants.sum()
