@@ -150,3 +150,30 @@ def test_a_run_goes_on_in_a_copy_of_its_folder(quick_runs, tmp_path):
     run(LINEPROB, tmp_path / "run", *PROBE)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     assert len(run(LINEPROB, tmp_path / "copy", *PROBE, "--epochs", 2, "--resume", "auto")) == 2
+
+
+def test_a_run_without_its_checkpoints_goes_on_from_its_final_file(quick_runs, tmp_path):
+    run(LINEPROB, tmp_path, *PROBE)
+    (tmp_path / "checkpoint-0.pth").unlink()  # to save space
+    history = run(LINEPROB, tmp_path, *PROBE, "--epochs", 2, "--resume", "auto")
+    assert [record["epoch"] for record in history] == [0, 1]
+
+
+def test_a_finished_run_keeps_the_flags_that_it_was_trained_with(quick_runs, tmp_path):
+    run(FINETUNE, tmp_path, *PROBE)
+    before = files(tmp_path)["finetune_ipdpp_cifar10_if100.pth"]
+    run(FINETUNE, tmp_path, *PROBE, "--loss", "logit_adjusted", "--resume", "auto")
+    assert files(tmp_path)["finetune_ipdpp_cifar10_if100.pth"] == before
+
+
+@pytest.mark.parametrize("flags", [["--overwrite", "--log_dir", "{}/log.txt"], ["--batch_size", "20"]])
+def test_nothing_is_lost_where_a_run_cannot_begin(flags, quick_runs, tmp_path, capsys):
+    """Its TensorBoard has no place; or a file that came from elsewhere would take the place of an earlier one."""
+    run(LINEPROB, tmp_path, *PROBE)
+    if "--overwrite" not in flags:
+        (tmp_path / "log.txt").unlink()
+        (tmp_path / "checkpoint-0.pth").unlink()
+        shutil.copy(tmp_path / FINAL, tmp_path / FINAL.replace(".pth", ".downloaded.pth"))
+    before = files(tmp_path)
+    refused(capsys, LINEPROB, tmp_path, *PROBE, *(flag.format(tmp_path) for flag in flags))
+    assert files(tmp_path) == before

@@ -96,7 +96,8 @@ class Run:
         auto = "auto" in (args.resume or [])
         self.processes.from_first(self.folder.claim, log_dir, auto, args.overwrite, source)
         self.log = log.RunLog(self.folder.path, log_dir, self.start_epoch, quiet=not first)
-        self.processes.from_first(self.log.write_history, self.history)
+        if self.history:  # else an empty log.txt would be taken for a run, should this one end before its first epoch
+            self.processes.from_first(self.log.write_history, self.history)
         self.progress = log.Progress(args.epochs * steps, self.start_epoch * steps, quiet=not first)
         self.last_epoch, self.saved_at = self.start_epoch - 1, time.monotonic()
         self.stop = StopSignal()
@@ -171,7 +172,9 @@ class Run:
             raise SystemExit(128 + (self.stop.signum or 15))
         if self.start_epoch >= args.epochs:
             self.say(f"nothing left to train: {self.start_epoch} epochs were done before, --epochs is {args.epochs}")
-        self.processes.from_first(lambda: save_checkpoint(self._state(), final))
+        # A finished run keeps its file, which says by which flags it was trained.
+        if self.start_epoch < args.epochs or not self.processes.from_first(final.exists):
+            self.processes.from_first(lambda: save_checkpoint(self._state(), final))
         self.log.hyperparameters({name: value for name, value in vars(args).items() if name not in RUN_FLAGS})
         tested = [record for record in self.history if "test_acc1" in record]
         if tested:

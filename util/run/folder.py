@@ -28,6 +28,13 @@ class Folder:
                 by_epoch[int(match[1])] = path
         return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
+    def newest(self):
+        """The checkpoint of the last epoch, else the final file of the run that left log.txt, else None: a Path."""
+        own = self.checkpoints()
+        if not own and self.final.exists() and (self.path / "log.txt").exists():
+            own = [self.final]
+        return own[-1] if own else None
+
     def claim(self, log_dir, auto, overwrite, source):
         """Make the folder ready for a run, and lock it until `release` or the end of the process.
 
@@ -41,7 +48,8 @@ class Folder:
             UserError: another process has the lock, or another run lies here, and neither flag permits to use it.
             OSError: the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, log_dir):  # before anything is deleted
+            folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,6 +64,9 @@ class Folder:
                             "folder, or --resume auto to continue that run, or --overwrite to delete it")
         if not earlier and self.final.exists():
             downloaded = self.final.with_suffix(".downloaded.pth")
+            if downloaded.exists():
+                raise UserError(f"--output_dir: {self.path} holds {self.final.name} and {downloaded.name}, both from "
+                                "elsewhere; expected one of them at most")
             os.replace(self.final, downloaded)
             say(f"{self.final} comes from elsewhere; it is kept as {downloaded.name}")
         elif overwrite:

@@ -57,8 +57,8 @@ def begin_from(run, model, optimizer):
     if "auto" in words and args.overwrite:
         raise UserError("--overwrite: found together with --resume auto, expected one of the two")
     if "auto" in words:
-        if own := run.folder.checkpoints():
-            return _continue_newest(run, own[-1], model, optimizer)
+        if newest := run.folder.newest():
+            return _continue_newest(run, newest, model, optimizer)
         run.say(f"--resume auto: no checkpoint in {args.output_dir} yet")
     if not files:
         if args.stage != "pretrain_bns":
@@ -97,7 +97,7 @@ def _continue(run, checkpoint, source, model, optimizer):
     for name in sorted(changed):
         if name in MUST_STAY:
             raise UserError(f"{source} was trained with --{name} {trained[name]}, found --{name} "
-                            f"{getattr(args, name)}; expected the same, or a new run in another --output_dir")
+                            f"{getattr(args, name)}; expected the same; --encoder starts a new run from it")
         run.say(f"--{name}: {trained[name]} in the checkpoint, {getattr(args, name)} from here on")
     load_weights(model, checkpoint["model"], source)
     if not restore_optimizer(optimizer, checkpoint):
@@ -107,4 +107,4 @@ def _continue(run, checkpoint, source, model, optimizer):
     run.start_epoch = checkpoint.get("epoch", -1) + 1
     run.history = checkpoint.get("history", [])
     run.subset = None if changed & DRAWN_BY else checkpoint.get("subset")
-    run.say(f"continuing {source.split()[-1]} in epoch {run.start_epoch}")
+    run.say(f"continuing {source.partition(' ')[2]} in epoch {run.start_epoch}")
