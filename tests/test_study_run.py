@@ -174,6 +174,7 @@ def test_stopped_and_killed_parts_go_on_and_are_noted(study, tmp_path):
     assert (results / "bns-seed0.txt").exists() and not list(folder.glob("*.began"))
 
 
+@pytest.mark.slow
 def test_time_on_cores_is_what_was_computed_and_elsewhere_what_passed(study, tmp_path):
     stub = tmp_path / "main_cifar10_finetune_ipdpp.py"
     study("--runs", "scratch-uniform", "--seeds", "1", WORK="1.5")
