@@ -5,9 +5,9 @@ r"""Stage 2 on CIFAR-10-LT: fine-tune the features of stage 1 on subsets drawn b
 
 The encoder starts from the checkpoint of stage 1, and a new linear layer starts at random. Each class of more than
 --num_samples images is cut to that number; smaller classes stay whole. IP-DPP prefers images whose true label gets a
-low probability from the current model (clean images, eval mode). It draws before the first epoch and then every
---sampling_freq epochs. The first draw says little, since the linear layer is untrained. Each epoch trains the
-whole network on one augmented view of every drawn image. The last epoch also writes
+low probability from the current model (clean images, eval mode). It draws before the first epoch, and again before
+each --sampling_freq-th one (epochs 9, 19, ..., 89). The first draw says little, since the linear layer is untrained.
+Each epoch trains the whole network on one augmented view of every drawn image. The last epoch also writes
 finetune_ipdpp_cifar10_if<factor>.pth.
 
 Without --resume the encoder starts at random. Add --ipdpp_sampler none, and this is plain training on all images. A

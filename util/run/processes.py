@@ -52,7 +52,7 @@ class Processes:
                 dist.init_process_group("nccl" if kind == "cuda" else "gloo", "env://", rank=self.rank,
                                         world_size=self.world_size)
             except ValueError as error:  # srun does not say where the first process is
-                raise UserError(f"found {self.world_size} processes: {error} (see README, several GPUs)") from error
+                raise UserError(f"found {self.world_size} processes: {error} (see RUNNING.md, several GPUs)") from error
         # Keep the group alive: if DDP were the last to hold it, PyTorch would free it under a lock and might hang.
         self._group = dist.group.WORLD if self.world_size > 1 else None
         # Small exchanges use the CPUs, so that they need not wait for the GPUs.
