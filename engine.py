@@ -63,7 +63,7 @@ def warm_up_then_cosine(optimizer, epochs, warmup_epochs, min_lr, updates_per_ep
 
 
 def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run):
-    """Train on the batches of an epoch. Only a progress line and the end of the epoch wait for the GPU.
+    """Train on the batches of an epoch. Only progress lines, --augment auto and the end of the epoch wait for the GPU.
 
     Args:
         network: called with all views of a step.
