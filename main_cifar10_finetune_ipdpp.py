@@ -26,7 +26,7 @@ from util.logit_adjustment import LogitAdjustedLoss
 from util.run import Run
 from util.run.checkpoint import load_weights
 from util.run.options import Parser, launch
-from util.run.pictures import describe_draw, show_predictions
+from util.run.pictures import describe_draw, show_confusion
 
 
 def get_args_parser():
@@ -105,12 +105,11 @@ def finetune(args, run):
         batches = loader.epoch(epoch, subset)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run) | draw_stats
         if run.evaluates(epoch):
-            features = predict(model.enc, test_set.images, run)
-            logits = predict(model.lin, features, run)
+            logits = predict(model, test_set.images, run)
             stats |= evaluate(logits, test_set, train_set, counts, tau, run)
         run.end_epoch(epoch, stats, subset)  # writes log.txt and, if it is time, a checkpoint
         if run.shows_pictures(epoch):
-            show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
+            show_confusion(run.log, epoch, logits, test_set, train_set)
     return run.finish()
 
 

@@ -5,8 +5,8 @@
 
 Padding, a random crop and a flip, as Cao et al. train (LDAM-DRW, arXiv 1906.07413). With `auto`, AutoAugment's policy
 for CIFAR-10 (Cubuk et al., arXiv 1805.09501) and Cutout (DeVries and Taylor, arXiv 1708.04552) follow, as in BCL, PaCo
-and ProCo. Each image has its own random parameters, drawn on the CPU: every device gives the same views. Images that get
-the same operation are changed together. With `auto`, some of torchvision's operations wait for the device.
+and ProCo. Each image has its own random parameters, drawn on the CPU: every device gives the same views. Images that
+get the same operation are changed together. With `auto`, some of torchvision's operations wait for the device.
 """
 import math
 from typing import NamedTuple

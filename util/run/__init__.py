@@ -10,8 +10,7 @@ from util.errors import UserError
 from util.run import log
 from util.run.checkpoint import save_checkpoint
 from util.run.folder import Folder
-from util.run.options import RUN_FLAGS
-from util.run.processes import Processes, keep_freed_memory, peak_memory, set_precision
+from util.run.processes import Processes, keep_freed_memory, set_precision
 from util.run.resume import begin_from, take_trained_flags
 from util.run.signals import StopSignal
 
@@ -175,14 +174,10 @@ class Run:
         # A finished run keeps its file, which says by which flags it was trained.
         if self.start_epoch < args.epochs or not self.processes.from_first(final.exists):
             self.processes.from_first(lambda: save_checkpoint(self._state(), final))
-        self.log.hyperparameters({name: value for name, value in vars(args).items() if name not in RUN_FLAGS})
         tested = [record for record in self.history if "test_acc1" in record]
         if tested:
             best = max(tested, key=lambda record: record["test_acc1"])
             self.say(f"last epoch {tested[-1]['epoch']}: {tested[-1]['test_acc1']:.2f}%; "
                      f"best epoch {best['epoch']}: {best['test_acc1']:.2f}%")
-        self.say(f"peak memory {peak_memory(self.device):.2f} GiB on {self.device}")
         self.say(f"wrote {final}, {self.log.path} and TensorBoard events in {args.log_dir or args.output_dir}")
-        for command in log.next_commands(args, final):
-            self.say(f"next: {command}")
         return self.history
