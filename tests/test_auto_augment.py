@@ -6,7 +6,7 @@ from scipy import stats
 from test_augment import generator, random_images
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-from util.auto_augment import CropAugment, CropParameters
+from util.auto_augment import CropAugment
 
 POLICIES = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
 
@@ -17,10 +17,9 @@ def sampled(num_images, size=32):
 
 def nothing_happens(num_images, size=32):
     no = torch.zeros(num_images, 2, dtype=torch.bool)
-    centre, outside = torch.full((num_images, 2), size // 8), torch.full((num_images, 2), -1000)
-    return CropParameters(
-        offset=centre, flip=no[:, 0], policy=torch.zeros(num_images).long(), happens=no, sign=torch.ones_like(centre),
-        hole=outside)
+    return sampled(num_images, size)._replace(
+        offset=torch.full((num_images, 2), size // 8), flip=no[:, 0], happens=no,
+        hole=torch.full((num_images, 2), -1000))
 
 
 def by_torchvision(image, policy, happens, sign):

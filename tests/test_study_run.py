@@ -2,6 +2,7 @@
 import fcntl
 import importlib
 import os
+import re
 import time
 from pathlib import Path
 
@@ -40,11 +41,6 @@ def commands(*options, dataset="cifar10"):
     """Dict from the names of the runs that the options ask for to their commands."""
     plan = study_run.plan(parse(*options, dataset, "data", "results"))
     return {name: " ".join(words) for name, words in plan.items()}
-
-
-def epochs(command):
-    """What a script would take: the last of several."""
-    return int(command.split("--epochs ")[-1].split()[0])
 
 
 @pytest.fixture
@@ -89,13 +85,12 @@ def test_patterns_choose_runs():
         commands("--runs", "bns bns-other")
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("", 2027), ("--lr 1 --epochs 200", 427), ("--warmup_epochs 9", 2027)])
+@pytest.mark.parametrize("flags, expected", [("", "2027"), ("--lr 1 --epochs 200", "427"), ("--warmup_epochs 9", "2027")])
 def test_plain_training_sees_as_many_images_as_both_stages(flags, expected):
     """Two views an epoch of stage 1, and 100 epochs of stage 2 on 3,386 of the 12,406 images: 27 on all."""
     plans = commands("--runs", "scratch-cross_entropy-as_long bns40", f"--stage1_flags={flags}")
-    assert epochs(plans.pop("bns40-seed0")) == 40  # its own flags win
-    assert len(plans) == 2 and {epochs(command) for command in plans.values()} == {expected}
+    last = {name.rsplit("-", 1)[0]: re.findall(r"--epochs (\d+)", command)[-1] for name, command in plans.items()}
+    assert last == {"scratch-cross_entropy-as_long": expected, "bns40": "40"}  # a variant's own flags win
 
 
 @pytest.mark.parametrize("variant, expected", [
