@@ -94,7 +94,7 @@ def test_shot_groups():
 
 
 @pytest.mark.parametrize("stage", ["pretrain_bns", "lineprob_bns", "finetune_ipdpp"])
-def test_scripts_train_on_the_images_that_root_and_factor_name(stage, fake, tmp_path):
+def test_scripts_train_on_the_images_that_root_and_factor_name(stage, fake, tmp_path, capsys):
     """All in one batch, which no other factor would fill."""
     dataset, root, _ = fake
     script = importlib.import_module(f"main_cifar{dataset.num_classes}_{stage}")
@@ -105,6 +105,7 @@ def test_scripts_train_on_the_images_that_root_and_factor_name(stage, fake, tmp_
         flags += ["--num_samples", 12]
     record, = script.main(script.get_args_parser().parse_args([str(flag) for flag in flags]))
     assert record["train_images"] == images
+    assert stage == "pretrain_bns" or f" {2 * dataset.num_classes} test images" in capsys.readouterr().out
     assert (tmp_path / "run" / f"{stage}_cifar{dataset.num_classes}_if12.pth").exists()
 
 
