@@ -31,7 +31,7 @@ def test_sizes_of_batches(images, batch_size, drop_last, expected):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("images", [103, 120, 41])
+@pytest.mark.parametrize("images", [119, 120, 41])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_processes_share_an_epoch(images, drop_last, world_size):
     subset = torch.arange(images) * 2
