@@ -1,25 +1,13 @@
 """What stage 2 draws, trains on and says of its draws, against brute force and figures worked out anew."""
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from conftest import run
+from test_ip_dpp import brute_force
 
 import main_cifar10_finetune_ipdpp as finetune
 from util.batches import EpochBatches
 from util.ip_dpp import draw_subset, inclusion_probabilities
-
-
-def brute_force_inclusion(log_p, k, kernel):
-    """P(i in Y) from the determinants of all k x k submatrices of equation 16, or of that with N^2."""
-    p = np.exp(log_p)
-    n = len(p)
-    off = np.outer(p, p) / (n if kernel == "paper" else n ** 2)
-    np.fill_diagonal(off, 0)
-    matrix = off + np.diag(1 - off.sum(1))
-    weights = {y: np.linalg.det(matrix[np.ix_(y, y)]) for y in itertools.combinations(range(n), k)}
-    return np.array([sum(w for y, w in weights.items() if i in y) for i in range(n)]) / sum(weights.values())
 
 
 @pytest.mark.parametrize("kernel", ["paper", "published"])
@@ -32,7 +20,7 @@ def test_each_class_is_drawn_by_the_probabilities_of_its_own_images(kernel):
     observed = np.bincount(drawn.numpy(), minlength=13) / draws
     for c in (0, 1):
         members = np.flatnonzero(targets == c)
-        expected = brute_force_inclusion(log_p[members], 2, kernel)
+        _, _, expected = brute_force(log_p[members], 2, kernel)
         assert np.abs(observed[members] - expected).max() < 4.5 * np.sqrt(0.25 / draws)
         assert kernel == "published" or np.ptp(expected) > 0.1  # or draws by another class's images would pass too
     assert observed[12] == 1

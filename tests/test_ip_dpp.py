@@ -1,7 +1,7 @@
 """IP-DPP against brute force (determinants of all submatrices of equation 16) and against DPPy."""
-
 import math
-from itertools import combinations
+from functools import partial
+from itertools import combinations, count, product, repeat
 
 import numpy as np
 import pytest
@@ -15,11 +15,11 @@ from util.ip_dpp import (
     draw_subset,
     exchange_chain,
     inclusion_probabilities,
-    likelihood_kernel,
     sample_k_dpp,
     true_label_log_probabilities,
 )
 
+ALL_PAIRS = np.array(list(combinations(range(6), 2)))
 REGIMES = {
     "random": lambda rng, n: np.log(rng.random(n)),
     "near 0": lambda rng, n: -50 * rng.random(n) - 5,
@@ -32,23 +32,31 @@ REGIMES = {
 
 
 def kernel_by_hand(log_p, kernel):
-    """S entry by entry, as equation 16 writes it, with its N or the published code's N^2."""
+    """S as equation 16 writes it, with its N or the published code's N^2."""
     p = np.exp(log_p)
-    n = len(p)
-    divisor = {"paper": n, "published": n**2}[kernel]
-    return np.array([[1 - sum(p[m] * p[i] for m in range(n) if m != i) / divisor if i == j else p[i] * p[j] / divisor
-                      for j in range(n)] for i in range(n)])
+    matrix = np.outer(p, p) / {"paper": len(p), "published": len(p) ** 2}[kernel]
+    np.fill_diagonal(matrix, 0)
+    return matrix + np.diag(1 - matrix.sum(axis=1))
 
 
 def brute_force(log_p, k, kernel):
-    """All subsets of size k, (subsets, k), and the determinant of each."""
+    """All subsets of size k, (subsets, k), the determinant of each, and P(i in Y)."""
     matrix = kernel_by_hand(log_p, kernel)
     subsets = np.array(list(combinations(range(len(log_p)), k)))
-    return subsets, np.array([np.linalg.det(matrix[np.ix_(y, y)]) for y in subsets])
+    determinants = np.array([np.linalg.det(matrix[np.ix_(y, y)]) for y in subsets])
+    inclusion = [determinants[(subsets == i).any(axis=1)].sum() / determinants.sum() for i in range(len(log_p))]
+    return subsets, determinants, np.array(inclusion)
 
 
-def frequencies(samples, n):
-    return np.bincount(np.concatenate(samples), minlength=n) / len(samples)
+def assert_proportional(draw, subsets, weights, draws):
+    """That draw() gives each of the subsets as often as its weight says, by a chi-square test."""
+    code = {tuple(y): number for number, y in enumerate(subsets.tolist())}
+    drawn = [code[tuple(sorted(draw().tolist()))] for _ in range(draws)]
+    observed, expected = np.bincount(drawn, minlength=len(subsets)), draws * weights / weights.sum()
+    order = np.argsort(expected)
+    rare = max(2, int(np.searchsorted(np.cumsum(expected[order]), 5)) + 1)  # pooled: chi-square needs counts above 5
+    observed, expected = (np.append(c[order][rare:], c[order][:rare].sum()) for c in (observed, expected))
+    assert chisquare(observed, expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -56,81 +64,53 @@ def frequencies(samples, n):
 @pytest.mark.parametrize("n, k", [(1, 1), (2, 1), (7, 1), (8, 3), (9, 8), (9, 9), (12, 5)])
 def test_inclusion_equals_brute_force(regime, kernel, n, k):
     log_p = REGIMES[regime](np.random.default_rng(n + k), n)
-    subsets, determinants = brute_force(log_p, k, kernel)
-    inclusion = [determinants[(subsets == i).any(axis=1)].sum() / determinants.sum() for i in range(n)]
-    np.testing.assert_allclose(inclusion_probabilities(log_p, k, kernel), inclusion, rtol=0, atol=1e-10)
+    _, _, expected = brute_force(log_p, k, kernel)
+    np.testing.assert_allclose(inclusion_probabilities(log_p, k, kernel), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("regime, n, k", [("random", 8, 4), ("near 1", 8, 3), ("mixed", 10, 9), ("one wrong", 6, 2)])
 def test_sampler_draws_each_subset_as_often_as_its_determinant_says(regime, kernel, n, k):
-    log_p = REGIMES[regime](np.random.default_rng(0), n)
-    subsets, determinants = brute_force(log_p, k, kernel)
-    rng = np.random.default_rng(1)
-    code = {tuple(y): number for number, y in enumerate(subsets.tolist())}
-    draws = 20_000
-    observed = np.bincount([code[tuple(sample_k_dpp(log_p, k, rng, kernel).tolist())] for _ in range(draws)],
-                           minlength=len(subsets))
-    expected = draws * determinants / determinants.sum()
-    order = np.argsort(expected)
-    rare = max(2, int(np.searchsorted(np.cumsum(expected[order]), 5)) + 1)  # pooled: chi-square needs counts above 5
-    observed, expected = (np.append(c[order][rare:], c[order][:rare].sum()) for c in (observed, expected))
-    assert chisquare(observed, expected).pvalue > 1e-3
+    log_p, rng = REGIMES[regime](np.random.default_rng(0), n), np.random.default_rng(1)
+    subsets, determinants, _ = brute_force(log_p, k, kernel)
+    assert_proportional(partial(sample_k_dpp, log_p, k, rng, kernel), subsets, determinants, draws=20_000)
+
+
+def spread(samples, inclusion):
+    """Mean square of what separates the frequencies of n items from P(i in Y), in standard deviations: about 1."""
+    observed = np.bincount(np.concatenate(samples), minlength=len(inclusion)) / len(samples)
+    return np.mean((observed - inclusion) ** 2 / (inclusion * (1 - inclusion) / len(samples)))
 
 
 @pytest.mark.slow
-def test_sampler_agrees_with_dppy():
-    n, k, draws = 200, 20, 2000
-    log_p = np.log(np.random.default_rng(0).beta(1, 0.2, n))
-    dppy = FiniteDPP("likelihood", L=likelihood_kernel(log_p))
-    legacy, rng = np.random.RandomState(0), np.random.default_rng(0)
-    theirs = frequencies([dppy.sample_exact_k_dpp(size=k, random_state=legacy) for _ in range(draws)], n)
-    ours = frequencies([sample_k_dpp(log_p, k, rng) for _ in range(draws)], n)
-    inclusion = inclusion_probabilities(log_p, k)
-    deviation = np.sqrt(inclusion * (1 - inclusion) / draws)
-    assert np.abs(theirs - inclusion).max() < 4.5 * deviation.max()
-    assert np.mean(((theirs - inclusion) / deviation) ** 2) < 1.4
-    assert np.mean(((ours - theirs) / deviation) ** 2 / 2) < 1.4
-    assert np.ptp(inclusion) > 10 * deviation.max()  # or uniform draws would pass too
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("regime", REGIMES)
-def test_likelihood_kernel_equals_the_formula(regime, kernel):
-    log_p = REGIMES[regime](np.random.default_rng(0), 40)
-    matrix = likelihood_kernel(log_p, kernel)
-    np.testing.assert_allclose(matrix, kernel_by_hand(log_p, kernel), rtol=1e-12, atol=1e-15)
-    np.testing.assert_array_equal(matrix, matrix.T)
-    np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=1e-12)
-    assert np.linalg.eigvalsh(matrix).min() > -1e-14
+def test_inclusion_agrees_with_dppy():
+    log_p = np.log(np.random.default_rng(0).beta(1, 0.2, 200))
+    dppy, legacy = FiniteDPP("likelihood", L=kernel_by_hand(log_p, "paper")), np.random.RandomState(0)
+    inclusion = inclusion_probabilities(log_p, 20)
+    samples = [dppy.sample_exact_k_dpp(size=20, random_state=legacy) for _ in range(2000)]
+    assert spread(samples, inclusion) < 1.4
+    assert spread(samples, np.full(200, 0.1)) > 3  # or uniform probabilities would pass too
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_large_class(kernel):
-    n, k, draws = 5000, 500, 2000
-    log_p = np.log(np.random.default_rng(0).beta(2, 0.2, n))
-    inclusion = inclusion_probabilities(log_p, k, kernel)
-    rng = np.random.default_rng(1)
-    observed = frequencies([sample_k_dpp(log_p, k, rng, kernel) for _ in range(draws)], n)
-    assert abs(inclusion.sum() - k) < 1e-6
-    # n terms of mean close to 1 and variance close to 2
-    assert abs(np.mean((observed - inclusion) ** 2 / (inclusion * (1 - inclusion) / draws)) - 1) < 5 * np.sqrt(2 / n)
+    log_p, rng = np.log(np.random.default_rng(0).beta(2, 0.2, 5000)), np.random.default_rng(1)
+    inclusion = inclusion_probabilities(log_p, 500, kernel)
+    samples = [sample_k_dpp(log_p, 500, rng, kernel) for _ in range(2000)]
+    assert abs(inclusion.sum() - 500) < 1e-6
+    assert abs(spread(samples, inclusion) - 1) < 5 * np.sqrt(2 / 5000)  # 5000 terms of variance about 2
     assert (np.ptp(inclusion) > 0.3) == (kernel == "paper")
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-200, 1e-310])
 def test_digits_survive_when_every_p_rounds_to_one(scale):
     """As e -> 0 the law tends to that of prod d (sum 1 / d), d = e + mean(e), whatever the scale of e."""
-    n, k = 5000, 500
-    e = np.random.default_rng(0).random(n)
-    inclusion = inclusion_probabilities(-scale * e, k)
-    assert np.isfinite(inclusion).all() and np.ptp(inclusion) > 0.05
-    np.testing.assert_allclose(inclusion, inclusion_probabilities(-1e-9 * e, k), rtol=1e-6)
-    drawn = sample_k_dpp(-scale * e, k, np.random.default_rng(0))
-    assert len(np.unique(drawn)) == k
-
+    e = np.random.default_rng(0).random(5000)
+    inclusion, expected = (inclusion_probabilities(-factor * e, 500) for factor in (scale, 1e-9))
+    np.testing.assert_allclose(inclusion, expected, rtol=1e-6)
+    assert len(np.unique(sample_k_dpp(-scale * e, 500, np.random.default_rng(0)))) == 500
     d = e[:8] + e[:8].mean()
     subsets = np.array(list(combinations(range(8), 3)))
     weights = np.prod(d[subsets], axis=1) * np.sum(1 / d[subsets], axis=1)
@@ -142,9 +122,13 @@ def test_digits_survive_when_every_p_rounds_to_one(scale):
 def test_all_p_equal_to_one_is_uniform(kernel):
     log_p, rng = np.zeros(6), np.random.default_rng(0)
     np.testing.assert_allclose(inclusion_probabilities(log_p, 2, kernel), np.full(6, 1 / 3), rtol=1e-12)
-    pairs = [tuple(sample_k_dpp(log_p, 2, rng, kernel).tolist()) for _ in range(6000)]
-    observed = [pairs.count(pair) for pair in combinations(range(6), 2)]
-    assert chisquare(observed).pvalue > 1e-3
+    assert_proportional(partial(sample_k_dpp, log_p, 2, rng, kernel), ALL_PAIRS, np.ones(15), draws=6000)
+
+
+def test_uniform_ignores_the_classifier():
+    log_p, redraws = np.array([-np.inf] + [-1e-6] * 5), zip(repeat(0), count())
+    draw = lambda: draw_subset(log_p, [0] * 6, 2, next(redraws), "uniform")
+    assert_proportional(draw, ALL_PAIRS, np.ones(15), draws=6000)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -160,30 +144,21 @@ def test_nothing_and_everything_can_be_drawn(function, kernel, log_p):
 def test_hard_classes_are_drawn_at_every_size():
     """One item or k items against all others is where independent trials could miss the size k most often."""
     rng = np.random.default_rng(0)
-    for n in (2, 3, 50, 1000):
+    for n, p_right, kernel in product((2, 3, 50, 1000), (0.0, -1e-15, -0.5), KERNELS):
         for k in {1, 2, n // 2, n - 1} - {n}:
             for wrong in {1, k, n - 1}:
-                for p_right in (0.0, -1e-15, -0.5):
-                    log_p = np.where(np.arange(n) < wrong, -np.inf, p_right)
-                    for kernel in KERNELS:
-                        assert len(np.unique(sample_k_dpp(log_p, k, rng, kernel))) == k
-                        assert np.isclose(inclusion_probabilities(log_p, k, kernel).sum(), k, rtol=1e-9)
-
-
-def test_uniform_ignores_the_classifier():
-    log_p = np.array([-np.inf, -1e-6, -1e-6, -1e-6, -1e-6])
-    pairs = [tuple(draw_subset(log_p, [0] * 5, 2, (0, redraw), "uniform").tolist()) for redraw in range(5000)]
-    assert chisquare([pairs.count(pair) for pair in combinations(range(5), 2)]).pvalue > 1e-3
+                log_p = np.where(np.arange(n) < wrong, -np.inf, p_right)
+                assert len(np.unique(sample_k_dpp(log_p, k, rng, kernel))) == k
+                assert np.isclose(inclusion_probabilities(log_p, k, kernel).sum(), k, rtol=1e-9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_mcmc_reaches_the_k_dpp(kernel):
-    log_p, rng, draws = np.log([0.02, 0.3, 0.99, 0.99, 0.99, 0.99]), np.random.default_rng(0), 3000
-    subsets, determinants = brute_force(log_p, 2, kernel)
-    drawn = [tuple(sorted(exchange_chain(log_p, 2, rng, kernel, steps=40).tolist())) for _ in range(draws)]
-    observed = [drawn.count(tuple(y)) for y in subsets.tolist()]
-    assert chisquare(observed, draws * determinants / determinants.sum()).pvalue > 1e-3
+    log_p, rng = np.log([0.02, 0.3, 0.99, 0.99, 0.99, 0.99]), np.random.default_rng(0)
+    _, determinants, _ = brute_force(log_p, 2, kernel)
+    draw = partial(exchange_chain, log_p, 2, rng, kernel, steps=40)
+    assert_proportional(draw, ALL_PAIRS, determinants, draws=3000)
 
 
 def test_mcmc_moves_where_determinants_underflow():
@@ -193,17 +168,12 @@ def test_mcmc_moves_where_determinants_underflow():
     assert len(np.setdiff1d(drawn, start)) > 15
 
 
-@pytest.mark.parametrize("log_p, k, kernel", [([-1.0, np.nan], 1, "paper"), ([-1.0, 1e-9], 1, "paper"),
-                                              ([-1.0, -2.0], 3, "paper"), ([-1.0, -2.0], 1, "gaussian")])
-def test_what_are_no_log_probabilities_sizes_or_kernels_is_refused(log_p, k, kernel):
-    rng = np.random.default_rng(0)
-    for call in (lambda: sample_k_dpp(log_p, k, rng, kernel), lambda: exchange_chain(log_p, k, rng, kernel),
-                 lambda: inclusion_probabilities(log_p, k, kernel)):
-        with pytest.raises(ValueError):
-            call()
-
-
-# --------------------------------------------------------------------------------------- subsets of all classes
+@pytest.mark.parametrize("function", [sample_k_dpp, exchange_chain])
+@pytest.mark.parametrize("log_p, k, kernel", [
+    ([-1.0, np.nan], 1, "paper"), ([-1.0, 1e-9], 1, "paper"), ([-1.0], 2, "paper"), ([-1.0, -2.0], 1, "gaussian")])
+def test_what_are_no_log_probabilities_sizes_or_kernels_is_refused(function, log_p, k, kernel):
+    with pytest.raises(ValueError):
+        function(log_p, k, np.random.default_rng(0), kernel)
 
 
 def test_log_probabilities_keep_the_digits_of_confident_predictions():
@@ -217,12 +187,9 @@ def test_log_probabilities_keep_the_digits_of_confident_predictions():
 def test_large_classes_are_cut_and_the_others_stay_whole(sampler):
     targets = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [40, 10, 11, 3]))
     log_p = np.log(np.random.default_rng(1).random(64))
-    subset = draw_subset(log_p, targets.tolist(), 10, (0, 0), sampler, "paper", 50)
-    assert subset.dtype == torch.int64
-    drawn = subset.numpy()
-    parts = [drawn[targets[drawn] == c] for c in range(4)]
-    assert [len(part) for part in parts] == [10, 10, 10, 3]
-    np.testing.assert_array_equal(drawn, np.concatenate([np.unique(part) for part in parts]))  # ascending, distinct
+    drawn = draw_subset(log_p, targets.tolist(), 10, (0, 0), sampler, "paper", 50)
+    assert drawn.dtype == torch.int64 and np.bincount(targets[drawn]).tolist() == [10, 10, 10, 3]
+    assert drawn.tolist() == sorted(set(drawn.tolist()), key=lambda image: (targets[image], image))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
