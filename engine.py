@@ -51,11 +51,13 @@ def warm_up_then_cosine(optimizer, epochs, warmup_epochs, min_lr, updates_per_ep
     """A scheduler that raises each learning rate linearly from 0 to its own, then lowers it along half a cosine.
 
     Call `step_update(number)` before each update, numbered from 0 over the whole run. The rate is its own after
-    `warmup_epochs` and `min_lr` after `epochs`.
+    `warmup_epochs` and `min_lr` after `epochs`. Where no epoch would remain, the warm-up takes a fifth of them.
 
     timm counts the warm-up's epochs twice unless it is told that they come before the cosine (`warmup_prefix`), which
     then has the epochs that remain.
     """
+    if warmup_epochs >= epochs:
+        warmup_epochs = epochs // 5
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=epochs - warmup_epochs, min_lr=min_lr, warmup_epochs=warmup_epochs, warmup_lr=0,
         warmup_prefix=True, step_on_epochs=False, updates_per_epoch=updates_per_epoch)
@@ -63,7 +65,7 @@ def warm_up_then_cosine(optimizer, epochs, warmup_epochs, min_lr, updates_per_ep
 
 
 def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run):
-    """Train on the batches of an epoch. Only a progress line and the end of the epoch wait for the GPU.
+    """Train on the batches of an epoch. Only progress lines, --augment auto and the end of the epoch wait for the GPU.
 
     Args:
         network: called with all views of a step.

@@ -21,12 +21,12 @@ from engine import evaluate, load_data, predict, train_one_epoch, warm_up_then_c
 from models import Classifier, create_encoder
 from util.augment import create_augment
 from util.batches import DeviceLoader
-from util.ip_dpp import draw_subset, mixing_steps, true_label_log_probabilities
+from util.ip_dpp import draw_subset, true_label_log_probabilities
 from util.logit_adjustment import LogitAdjustedLoss
 from util.run import Run
 from util.run.checkpoint import load_weights
+from util.run.draws import describe_draw
 from util.run.options import Parser, launch
-from util.run.pictures import describe_draw, show_predictions
 
 
 def get_args_parser():
@@ -85,9 +85,6 @@ def finetune(args, run):
 
     network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
     subset = torch.arange(len(train_set)) if args.ipdpp_sampler == "none" else run.subset
-    if args.ipdpp_sampler == "mcmc":
-        run.say(f"--mcmc_steps {args.mcmc_steps}: the chain mixes in about {mixing_steps(args.num_samples)} steps; "
-                "after far fewer, draws lie between uniform and exact ones")
     for epoch in run.epochs():
         # Draw before the first epoch and every --sampling_freq epochs (before epochs 9, 19, ..., as in the published
         # code), but not before the last.
@@ -105,12 +102,9 @@ def finetune(args, run):
         batches = loader.epoch(epoch, subset)
         stats = train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, run) | draw_stats
         if run.evaluates(epoch):
-            features = predict(model.enc, test_set.images, run)
-            logits = predict(model.lin, features, run)
+            logits = predict(model, test_set.images, run)
             stats |= evaluate(logits, test_set, train_set, counts, tau, run)
         run.end_epoch(epoch, stats, subset)  # writes log.txt and, if it is time, a checkpoint
-        if run.shows_pictures(epoch):
-            show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
     return run.finish()
 
 

@@ -19,7 +19,6 @@ from util.ip_dpp import draw_subset
 from util.run import Run
 from util.run.checkpoint import load_weights
 from util.run.options import Parser, launch
-from util.run.pictures import show_predictions
 
 
 def get_args_parser():
@@ -84,8 +83,6 @@ def probe(args, run):
             logits = predict(model.lin, features, run)
             stats |= evaluate(logits, test_set, train_set, counts, args.logit_adjustment, run)
         run.end_epoch(epoch, stats, subset)  # writes log.txt and, if it is time, a checkpoint
-        if run.shows_pictures(epoch):
-            show_predictions(run.log, epoch, features, logits, test_set, train_set, last=epoch == args.epochs - 1)
     return run.finish()
 
 

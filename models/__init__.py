@@ -1,6 +1,4 @@
 """The networks: a timm encoder with a stem for small images, followed by a projector (stage 1) or a linear layer."""
-import difflib
-
 import timm
 import torch
 from timm.models import is_model_in_modules
@@ -25,9 +23,7 @@ def create_encoder(name, input_size=32):
         UserError: no such timm model, or one that does not turn such images into feature vectors.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"--model: found '{name}', expected the name of a timm model"
-                        + (f" such as {', '.join(near)}" if near else ""))
+        raise UserError(f"--model: found '{name}', expected the name of a timm model")
     try:
         if is_model_in_modules(name, ["resnet"]):
             encoder = timm.create_model(name, num_classes=0, zero_init_last=False)

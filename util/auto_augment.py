@@ -5,52 +5,24 @@
 
 Padding, a random crop and a flip, as Cao et al. train (LDAM-DRW, arXiv 1906.07413). With `auto`, AutoAugment's policy
 for CIFAR-10 (Cubuk et al., arXiv 1805.09501) and Cutout (DeVries and Taylor, arXiv 1708.04552) follow, as in BCL, PaCo
-and ProCo. Each image has its own random parameters, drawn on the CPU: every device gives the same views, and nothing
-waits for the device. Images that get the same operation are changed together.
+and ProCo. Each image has its own random parameters, drawn on the CPU: every device gives the same views. Images that
+get the same operation are changed together. With `auto`, some of torchvision's operations wait for the device.
 """
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms.v2 import functional as tv
 
-# The sub-policies of Cubuk et al., found on reduced CIFAR-10 (their appendix): two operations each, with probability
-# and magnitude, a level from 0 to 9.
-POLICY = [
-    (("invert", 0.1, None), ("contrast", 0.2, 6)),
-    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
-    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
-    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.5, None), ("equalize", 0.9, None)),
-    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
-    (("color", 0.4, 3), ("brightness", 0.6, 7)),
-    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
-    (("equalize", 0.6, None), ("equalize", 0.5, None)),
-    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
-    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
-    (("equalize", 0.3, None), ("autocontrast", 0.4, None)),
-    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
-    (("brightness", 0.9, 6), ("color", 0.2, 8)),
-    (("solarize", 0.5, 2), ("invert", 0.0, None)),
-    (("equalize", 0.2, None), ("autocontrast", 0.6, None)),
-    (("equalize", 0.2, None), ("equalize", 0.6, None)),
-    (("color", 0.9, 9), ("equalize", 0.6, None)),
-    (("autocontrast", 0.8, None), ("solarize", 0.2, 8)),
-    (("brightness", 0.1, 3), ("color", 0.7, 0)),
-    (("solarize", 0.4, 5), ("autocontrast", 0.9, None)),
-    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.9, None), ("solarize", 0.8, 3)),
-    (("equalize", 0.8, None), ("invert", 0.1, None)),
-    (("translate_y", 0.7, 9), ("autocontrast", 0.9, None)),
-]
+# The 25 sub-policies that Cubuk et al. found on CIFAR-10 (their appendix): two operations each, with probability and
+# level, from 0 to 9, or None for operations without strength.
+POLICY = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
 LEVELS = 9  # the strongest level
-FULL_MAGNITUDE = {  # at level 9; where the policy has a level, half of the images get the opposite sign
-    "shear_y": 0.3, "translate_x": 150 / 331, "translate_y": 150 / 331, "rotate": 30.0,  # the side; degrees
-    "brightness": 0.9, "color": 0.9, "contrast": 0.9, "sharpness": 0.9,  # added to the factor 1
-}
+SHIFT = 150 / 331  # at the strongest level, as a share of the side
+SIGNED = ("Brightness", "Color", "Contrast", "Sharpness", "Rotate", "ShearY", "TranslateX", "TranslateY")
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # colour of CIFAR-10's training images, which fills the hole of Cutout
 
 
@@ -64,71 +36,47 @@ def move(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def source_of(operation, magnitude, height, width):
-    """Where a shear, shift or rotation takes the centre (x, y) of each output pixel from: float64 (H, W) each."""
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    x, y = x.double(), y.double()
-    if operation == "shear_y":
-        return x, y + magnitude * x
-    if operation == "translate_x":
-        return x - int(magnitude * width), y
-    if operation == "translate_y":
-        return x, y - int(magnitude * height)
-    angle = math.radians(magnitude)  # counter-clockwise, around the centre
-    x, y = x - width / 2, y - height / 2
-    cos, sin = math.cos(angle), math.sin(angle)
-    return cos * x - sin * y + width / 2, sin * x + cos * y + height / 2
-
-
-@functools.cache  # a few dozen in all
-def source_pixels(operation, magnitude, height, width, device):
-    """Number of the input pixel nearest to each output pixel's source, and whether there is one: (H * W,) each."""
-    x, y = (place.floor().long() for place in source_of(operation, magnitude, height, width))
-    inside = (0 <= x) & (x < width) & (0 <= y) & (y < height)
-    pixel = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-    return move(pixel.flatten(), device), move(inside.flatten(), device)
-
-
-def warp(images, operation, magnitude):
-    """Shear, shift or rotate uint8 (N, 3, H, W); what comes from outside is black."""
-    pixel, inside = source_pixels(operation, magnitude, *images.shape[2:], images.device)
-    return (images.flatten(2)[:, :, pixel] * inside).view(images.shape)
-
-
-def adjust_sharpness(images, factor):
-    """Blend uint8 (N, 3, H, W) with its blurred self, as PIL does; the border stays. torchvision's waits for CUDA."""
-    images = images.float()
-    inner = images[..., 1:-1, 1:-1]
-    blurred = (F.avg_pool2d(images, 3, stride=1, divisor_override=1) + 4 * inner).div_(13).round_()
-    inner.copy_(torch.lerp(blurred, inner, factor).clamp_(0, 255))
-    return images.byte()
+def affine(images, translate=(0, 0), shear=0.0):
+    """Shift by (x, y) pixels and shear along y by a slope; what comes from outside is black."""
+    shear = [0.0, math.degrees(math.atan(shear))]
+    return tv.affine(images, angle=0.0, translate=list(translate), scale=1.0, shear=shear, center=[0.0, 0.0])
 
 
 def transform(images, operation, level, sign):
-    """Apply one operation of the policy to uint8 (N, 3, H, W), as torchvision's AutoAugment defines it.
+    """Apply one operation of POLICY to uint8 (N, 3, H, W), as torchvision's AutoAugment defines it.
 
-    level: 0 to 9, or None for operations without strength. sign: 1 or -1.
+    sign: 1 or -1, for the operations of SIGNED.
     """
-    if operation == "invert":
-        return tv.invert(images)
-    if operation == "autocontrast":
-        return tv.autocontrast(images)
-    if operation == "equalize":
-        return tv.equalize(images)
-    if operation == "posterize":
-        return tv.posterize(images, 8 - round(4 * level / LEVELS))  # bits kept
-    if operation == "solarize":
-        return tv.solarize(images, 255 * (1 - level / LEVELS))  # inverts what is brighter
-    magnitude = sign * FULL_MAGNITUDE[operation] * level / LEVELS
-    if operation == "brightness":
-        return tv.adjust_brightness(images, 1 + magnitude)
-    if operation == "color":
-        return tv.adjust_saturation(images, 1 + magnitude)
-    if operation == "contrast":
-        return tv.adjust_contrast(images, 1 + magnitude)
-    if operation == "sharpness":
-        return adjust_sharpness(images, 1 + magnitude)
-    return warp(images, operation, magnitude)
+    strength = (level or 0) / LEVELS
+    signed = sign * strength
+    height, width = images.shape[2:]
+    match operation:
+        case "Invert":
+            return tv.invert(images)
+        case "AutoContrast":
+            return tv.autocontrast(images)
+        case "Equalize":
+            return tv.equalize(images)
+        case "Posterize":
+            return tv.posterize(images, 8 - round(4 * strength))  # bits kept
+        case "Solarize":
+            return tv.solarize(images, 255 * (1 - strength))  # inverts what is brighter
+        case "Brightness":
+            return tv.adjust_brightness(images, 1 + 0.9 * signed)
+        case "Color":
+            return tv.adjust_saturation(images, 1 + 0.9 * signed)
+        case "Contrast":
+            return tv.adjust_contrast(images, 1 + 0.9 * signed)
+        case "Sharpness":
+            return tv.adjust_sharpness(images, 1 + 0.9 * signed)
+        case "Rotate":
+            return tv.rotate(images, 30 * signed)  # degrees
+        case "ShearY":
+            return affine(images, shear=0.3 * signed)
+        case "TranslateX":
+            return affine(images, translate=(int(SHIFT * signed * width), 0))
+        case "TranslateY":
+            return affine(images, translate=(0, int(SHIFT * signed * height)))
 
 
 class CropParameters(NamedTuple):
@@ -204,7 +152,7 @@ class CropAugment:
                 zip(p.policy.tolist(), p.happens[:, step].tolist(), p.sign[:, step].tolist(), strict=True)):
             operation, _, level = POLICY[policy][step]
             if happens:
-                key = operation, level, sign if operation in FULL_MAGNITUDE else 1
+                key = operation, level, sign if operation in SIGNED else 1
                 groups.setdefault(key, []).append(number)
         everything = move(torch.tensor(sum(groups.values(), []), dtype=torch.int64), views.device)
         for key, group in zip(groups, everything.split([len(group) for group in groups.values()]), strict=True):

@@ -152,7 +152,7 @@ def likelihood_kernel(log_p, kernel="paper"):
 def exchange_chain(log_p, k, rng, kernel="paper", steps=1000):
     """The state of DPPy's Markov chain after `steps` >= 1 exchanges of one item, from a uniform draw: int64 (k,).
 
-    It builds the N x N kernel, and needs about `mixing_steps` steps to mix. Other arguments and errors: `sample_k_dpp`.
+    It builds the N x N kernel, and mixes in about 2 k log k steps. Other arguments and errors: `sample_k_dpp`.
     Also raises FloatingPointError if the determinants leave float64's range (k of several thousand).
     """
     log_p = _check(log_p, k, kernel)
@@ -169,11 +169,6 @@ def exchange_chain(log_p, k, rng, kernel="paper", steps=1000):
     with np.errstate(invalid="raise", divide="raise"):
         return np.array(FiniteDPP("likelihood", L=likelihood).sample_mcmc_k_dpp(
             size=k, s_init=start, nb_iter=steps + 1, random_state=np.random.RandomState(rng.integers(2**32))))
-
-
-def mixing_steps(k):
-    """Steps after which the exchange chain of a k-DPP has about mixed, 2 k log k: half of its moves propose nothing."""
-    return round(2 * k * np.log(max(k, 2)))
 
 
 def true_label_log_probabilities(logits, labels):

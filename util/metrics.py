@@ -19,20 +19,11 @@ def shot_groups(class_counts, shot_thresholds):
     return many, ~(many | few), few
 
 
-def confusion_matrix(logits, targets):
-    """Test images by true class (row) and predicted class (column): int64 (C, C) on the CPU.
-
-    logits: float (N, C). targets: int64 (N,), in [0, C).
-    """
-    num_classes = logits.shape[1]
-    cells = targets * num_classes + logits.argmax(dim=1)
-    return torch.bincount(cells.cpu(), minlength=num_classes ** 2).reshape(num_classes, num_classes)
-
-
 def classification_metrics(logits, targets, class_counts, shot_thresholds):
     """All figures of one evaluation, as Python floats.
 
-    logits: float (N, C), N > 0. targets: int64 (N,), in [0, C). class_counts, shot_thresholds: as in `shot_groups`.
+    logits: float (N, C), N > 0, on the CPU. targets: int64 (N,), in [0, C).
+    class_counts, shot_thresholds: as in `shot_groups`.
     Returns a dict: `acc1`, `acc5` in percent; `loss`, the mean cross-entropy in nats; `many`, `medium`, `few`, the
     fraction of the group's test images that are right, None where there are none; `per_class`, a list of the same.
     Raises ValueError where the shapes disagree.
@@ -40,8 +31,9 @@ def classification_metrics(logits, targets, class_counts, shot_thresholds):
     if not (logits.ndim == 2 and 0 < len(logits) == len(targets) and logits.shape[1] == len(class_counts)):
         raise ValueError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)} and class_counts "
                          f"({len(class_counts)},): expected (N, C), (N,) and (C,) with N > 0")
-    confusion = confusion_matrix(logits, targets).numpy()
-    correct, total = confusion.diagonal(), confusion.sum(axis=1)
+    is_right = logits.argmax(dim=1) == targets
+    correct = torch.bincount(targets[is_right], minlength=len(class_counts)).numpy()
+    total = torch.bincount(targets, minlength=len(class_counts)).numpy()
 
     def fraction(classes):
         return float(correct[classes].sum() / total[classes].sum()) if total[classes].sum() else None

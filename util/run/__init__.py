@@ -10,12 +10,10 @@ from util.errors import UserError
 from util.run import log
 from util.run.checkpoint import save_checkpoint
 from util.run.folder import Folder
-from util.run.options import RUN_FLAGS
-from util.run.processes import Processes, keep_freed_memory, peak_memory, set_precision
+from util.run.processes import Processes, keep_freed_memory, set_precision
 from util.run.resume import begin_from, take_trained_flags
 from util.run.signals import StopSignal
 
-PICTURES = 10  # epochs of a run whose evaluation TensorBoard shows as pictures
 SAVE_EVERY = 600.0  # seconds after which a checkpoint is written, whatever --save_freq says
 
 
@@ -42,10 +40,6 @@ class Run:
         self.device = self.processes.device
         if args.eval:
             self.evaluated = take_trained_flags(args, self.say)
-        elif args.warmup_epochs >= args.epochs:
-            self.say(f"--warmup_epochs: {args.warmup_epochs} of --epochs {args.epochs} would leave no epoch after it; "
-                     f"using {args.epochs // 5}")
-            args.warmup_epochs = args.epochs // 5
         self.autocast, self.scaler = set_precision(args, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -122,10 +116,6 @@ class Run:
     def evaluates(self, epoch):
         return (epoch + 1) % self.args.eval_freq == 0 or epoch == self.args.epochs - 1
 
-    def shows_pictures(self, epoch):
-        every = math.ceil(self.args.epochs / PICTURES)
-        return self.evaluates(epoch) and (self.args.epochs - 1 - epoch) % every == 0
-
     def end_epoch(self, epoch, stats, subset=None):
         """Write `stats` (dict of figures) to log.txt, and a checkpoint if it is time, or if a signal came.
 
@@ -161,7 +151,7 @@ class Run:
                 "scaler": self.scaler.state_dict(), "args": flags, "history": self.history, "subset": self.subset}
 
     def finish(self):
-        """Write the final file. Print what the run reached and what to run next. Returns a list of dicts, its log.
+        """Write the final file. Returns the run's log, a list of dicts.
 
         Raises:
             SystemExit: instead of all that, after SIGTERM, Ctrl-C or SIGHUP in any process.
@@ -170,19 +160,8 @@ class Run:
         if self.stopping:
             self.say(f"stopped after epoch {self.last_epoch}; add --resume auto to the command to go on from there")
             raise SystemExit(128 + (self.stop.signum or 15))
-        if self.start_epoch >= args.epochs:
-            self.say(f"nothing left to train: {self.start_epoch} epochs were done before, --epochs is {args.epochs}")
         # A finished run keeps its file, which says by which flags it was trained.
         if self.start_epoch < args.epochs or not self.processes.from_first(final.exists):
             self.processes.from_first(lambda: save_checkpoint(self._state(), final))
-        self.log.hyperparameters({name: value for name, value in vars(args).items() if name not in RUN_FLAGS})
-        tested = [record for record in self.history if "test_acc1" in record]
-        if tested:
-            best = max(tested, key=lambda record: record["test_acc1"])
-            self.say(f"last epoch {tested[-1]['epoch']}: {tested[-1]['test_acc1']:.2f}%; "
-                     f"best epoch {best['epoch']}: {best['test_acc1']:.2f}%")
-        self.say(f"peak memory {peak_memory(self.device):.2f} GiB on {self.device}")
         self.say(f"wrote {final}, {self.log.path} and TensorBoard events in {args.log_dir or args.output_dir}")
-        for command in log.next_commands(args, final):
-            self.say(f"next: {command}")
         return self.history

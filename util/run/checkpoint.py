@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from timm.models import clean_state_dict
 
@@ -67,7 +68,9 @@ def load_checkpoint(path, flag="--resume"):
     if not isinstance(model, dict):
         raise UserError(f"{flag} {path}: holds no entry 'model', expected a checkpoint of this project or the authors")
     args = checkpoint.get("args")
-    args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
+    if isinstance(args, argparse.Namespace):  # the authors'
+        args = vars(args)
+    args = {name: value for name, value in (args or {}).items() if name != "model" or timm.is_model(str(value))}
     model = {re.sub(r"^(enc\.layer\d+\.\d+\.)shortcut\.", r"\1downsample.", name): value
              for name, value in clean_state_dict(model).items()}
     return {**checkpoint, "model": model, "args": args}
@@ -104,19 +107,3 @@ def load_encoder(encoder, checkpoint, source):
     """Copy the weights of a checkpoint's encoder, of any stage, into `encoder`. Raises UserError as `load_weights`."""
     weights = {name[4:]: value for name, value in checkpoint["model"].items() if name.startswith("enc.")}
     load_weights(encoder, weights, source)
-
-
-def restore_optimizer(optimizer, checkpoint):
-    """Load the moments of AdamW or SGD, if there are any that fit; returns whether there are.
-
-    Learning rate and weight decay stay what the flags say.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = (checkpoint.get("optimizer") or {}).get("state", {})
-    name = "momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg"
-    fits = all(index < len(parameters) and name in moments and moments[name].shape == parameters[index].shape
-               for index, moments in state.items())
-    if not (state and fits):
-        return False
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return True

@@ -22,11 +22,8 @@ class Folder:
 
     def checkpoints(self):
         """Paths of `checkpoint-<epoch>.pth`, in the order of epochs. (A checkpoint-9-best.pth is the user's copy.)"""
-        by_epoch = {}
-        for path in self.path.glob("checkpoint-*.pth"):
-            if match := re.fullmatch(r"checkpoint-(\d+)\.pth", path.name):
-                by_epoch[int(match[1])] = path
-        return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+        own = [path for path in self.path.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", path.stem)]
+        return sorted(own, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
 
     def newest(self):
         """The checkpoint of the last epoch, else the final file of the run that left log.txt, else None: a Path."""

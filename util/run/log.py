@@ -2,15 +2,10 @@
 import functools
 import json
 import os
-import shlex
-import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
-import numpy as np
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from util.run.checkpoint import write_atomically
 
@@ -108,34 +103,5 @@ class RunLog:
         self.writer.add_images(tag, images, round(1000 * epoch))
 
     @only_shows
-    def figure(self, tag, figure, epoch):
-        """Show a matplotlib `figure` at `epoch`."""
-        # Not by TensorBoard's add_figure: it imports pyplot, which fails where MPLBACKEND names a notebook's backend.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        self.writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], round(1000 * epoch), dataformats="HWC")
-
-    @only_shows
-    def hyperparameters(self, flags):
-        """Make `flags` (dict) the run's row of the HPARAMS table."""
-        values = {name: value if isinstance(value, int | float) else str(value) for name, value in flags.items()}
-        # Skip the first of the three summaries: it would impose the columns of this stage on all runs.
-        for summary in hparams(values, {})[1:]:
-            self.writer.file_writer.add_summary(summary)
-
-    @only_shows
     def close(self):
         self.writer.close()
-
-
-def next_commands(args, final):
-    """Command lines that use the final file (Path) of a run: later stages after stage 1, else its evaluation."""
-    flags = ["--toy_data"] if args.toy_data else ["--data_root", args.data_root]
-    stages, use = [args.stage], ["--eval", str(final)]
-    if args.stage == "pretrain_bns":
-        stages = ["lineprob_bns", "finetune_ipdpp"]
-        use = ["--imbalanced_factor", f"{args.imbalanced_factor:.10g}", "--model", args.model,
-               "--input_size", str(args.input_size), "--resume", str(final)]
-    scripts = [Path(sys.argv[0]).parent / f"main_{args.dataset}_{stage}.py" for stage in stages]
-    return [shlex.join(["python", str(script), *flags, *use]) for script in scripts]

@@ -154,12 +154,8 @@ def launch(main, parser):
         main(parser.parse_args())
     except (UserError, OSError) as error:  # an OSError names the file
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not out_of_memory and "can't allocate memory" not in str(error):  # as PyTorch says it on the CPU
-            raise
-        parser.exit(2, f"{parser.prog}: error: out of memory: lower --batch_size or --input_size, or take a smaller "
-                       "--model\n")
+    except torch.OutOfMemoryError:
+        parser.exit(2, f"{parser.prog}: error: out of memory: lower --batch_size or take a smaller --model\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted before or after the training\n")
     finally:

@@ -1,4 +1,4 @@
-"""One process or several (torchrun, srun): which one this is, its device, precision and memory, and their exchanges."""
+"""One process or several (torchrun): which one this is, its device, precision and memory, and their exchanges."""
 import ctypes
 import functools
 import os
@@ -11,32 +11,19 @@ import torch.distributed as dist
 from util.errors import UserError
 
 
-def rank_from_environment():
-    """(rank, rank on this machine, number of processes), as torchrun or srun say; (0, 0, 1) where neither has started.
-
-    SLURM_NTASKS alone says nothing: the shell of an allocation has it too, where nobody has started several.
-    """
-    if "WORLD_SIZE" in os.environ:
-        return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if (world_size := int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
-        # SLURM can show each task its own GPU only, which is number 0 then.
-        local_rank = 0 if torch.cuda.device_count() == 1 else int(os.environ["SLURM_LOCALID"])
-        return int(os.environ["SLURM_PROCID"]), local_rank, world_size
-    return 0, 0, 1
-
-
 class Processes:
-    """The processes of a run: `rank` of this one, their number `world_size`, and this one's `device`.
+    """The processes that torchrun started: `rank` of this one, their number `world_size`, and this one's `device`.
 
     Args:
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UserError: the requested device does not exist, or several processes cannot find each other.
+        UserError: the requested device does not exist.
     """
 
     def __init__(self, device="auto"):
-        self.rank, local_rank, self.world_size = rank_from_environment()
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         kind, _, index = device.partition(":")
         if kind == "auto":
             kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,11 +35,7 @@ class Processes:
         if kind == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            try:
-                dist.init_process_group("nccl" if kind == "cuda" else "gloo", "env://", rank=self.rank,
-                                        world_size=self.world_size)
-            except ValueError as error:  # srun does not say where the first process is
-                raise UserError(f"found {self.world_size} processes: {error} (see RUNNING.md, several GPUs)") from error
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         # Keep the group alive: if DDP were the last to hold it, PyTorch would free it under a lock and might hang.
         self._group = dist.group.WORLD if self.world_size > 1 else None
         # Small exchanges use the CPUs, so that they need not wait for the GPUs.
@@ -135,8 +118,7 @@ def peak_memory(device):
     """The most memory used so far, in GiB: of the CUDA device, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, on macOS in bytes
-    return peak / (2**30 if platform.system() == "Darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def keep_freed_memory():

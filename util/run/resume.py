@@ -8,14 +8,13 @@ is given, in whatever order; else the run starts afresh.
 """
 from pathlib import Path
 
-import timm
-
 from util.errors import UserError
-from util.run.checkpoint import load_checkpoint, load_encoder, load_weights, restore_optimizer, stage_of
+from util.run.checkpoint import load_checkpoint, load_encoder, load_weights, stage_of
 from util.run.options import RUN_FLAGS
 
-MUST_STAY = {"dataset", "toy_data", "imbalanced_factor", "model", "input_size", "embed_dim"}  # when a run continues
-DRAWN_BY = {"num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed"}  # another one needs another draw
+# What must stay when a run continues; what the last draw depends on; what --eval takes from the checkpoint.
+MUST_STAY = {"dataset", "toy_data", "imbalanced_factor", "model", "input_size", "embed_dim", "opt"}
+DRAWN_BY = {"num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed"}
 TRAINED_ON = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
 
 
@@ -31,7 +30,7 @@ def take_trained_flags(args, say):
             continue
         if name in args.given:
             say(f"--{name} {getattr(args, name)}, as asked; {args.eval} was trained with {trained}")
-        elif name != "model" or timm.is_model(str(trained)):  # the authors name their networks in another way
+        else:
             setattr(args, name, trained)
             taken.append(f"{name} {trained}")
     if taken:
@@ -70,10 +69,7 @@ def begin_from(run, model, optimizer):
         _continue(run, checkpoint, f"{flag} {path}", model, optimizer)
     else:
         load_encoder(model.enc, checkpoint, f"{flag} {path}")
-        differs = [f"{name} {checkpoint['args'][name]}" for name in sorted(MUST_STAY - {"embed_dim", "model"})
-                   if checkpoint["args"].get(name) not in (None, getattr(args, name))]
-        note = f", which, unlike this run, was trained with {', '.join(differs)}" if differs else ""
-        run.say(f"starting from the encoder of {path}{note}")
+        run.say(f"starting from the encoder of {path}")
     return Path(path)
 
 
@@ -92,16 +88,17 @@ def _continue(run, checkpoint, source, model, optimizer):
     """Continue the run of a checkpoint. All but MUST_STAY may change; flags not of the run itself change aloud."""
     args, trained = run.args, checkpoint["args"]
     changed = {name for name, value in vars(args).items() if trained.get(name, value) != value} - RUN_FLAGS
-    if not timm.is_model(str(trained.get("model"))):
-        changed -= {"model"}  # the authors name their networks in another way; load_weights sees whether they fit
     for name in sorted(changed):
         if name in MUST_STAY:
             raise UserError(f"{source} was trained with --{name} {trained[name]}, found --{name} "
                             f"{getattr(args, name)}; expected the same; --encoder starts a new run from it")
         run.say(f"--{name}: {trained[name]} in the checkpoint, {getattr(args, name)} from here on")
     load_weights(model, checkpoint["model"], source)
-    if not restore_optimizer(optimizer, checkpoint):
-        run.say(f"{source} holds no optimiser state that fits; the optimiser starts afresh")
+    if "optimizer" in checkpoint:  # its moments; learning rate and weight decay stay what the flags say
+        state = {**checkpoint["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]}
+        optimizer.load_state_dict(state)
+    else:
+        run.say(f"{source} holds no state of the optimiser, which starts afresh")
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         run.scaler.load_state_dict(checkpoint["scaler"])
     run.start_epoch = checkpoint.get("epoch", -1) + 1
