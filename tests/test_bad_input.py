@@ -43,6 +43,7 @@ CASES = [  # script, flags, what the line names
       for name in ("absent", "truncated", "text", "bare", "foreign")),
     (FINETUNE, "--eval {bad}/pickle.pth", "pickle.pth"), (FINETUNE, f"--eval {P}", "--eval"),
     (PRETRAIN, f"--resume {P} --imbalanced_factor 10", "--imbalanced_factor"),
+    (PRETRAIN, f"--resume {P} --opt sgd", "--opt"),
     (FINETUNE, f"--encoder {P} --model test_vit", "--model"),
     # folders
     (FINETUNE, f"--output_dir {{bad}}/{PRETRAIN}", "--output_dir"),

@@ -14,7 +14,7 @@ from util.batches import EpochBatches
 from util.bns_loss import BNSLoss
 from util.run.checkpoint import load_checkpoint
 
-FLAGS = ["--epochs", 2, "--warmup_epochs", 1, "--opt", "sgd", "--blr", 0.1, "--min_lr", MIN_LR,
+FLAGS = ["--epochs", 2, "--warmup_epochs", 1, "--opt", "sgd", "--blr", 0.02, "--min_lr", MIN_LR,
          "--weight_decay", WEIGHT_DECAY]
 
 
@@ -62,11 +62,11 @@ def test_two_processes_train_as_worked_out_by_hand(stage, images, accum_iter, co
             return BNSLoss()(*map(torch.cat, zip(one, two, strict=True)), torch.cat((first_labels, second_labels)))
         return (F.cross_entropy(one, first_labels) + F.cross_entropy(two, second_labels)) / 2
 
-    lr = 0.1 * images * accum_iter / 256
+    lr = 0.02 * images * accum_iter / 256
     losses, rates = plain_training(model, epochs, loss_of, lr, accum_iter, sgd=True)
-    assert [record["train_loss"] for record in history] == pytest.approx(losses, abs=1e-5)
+    assert [record["train_loss"] for record in history] == pytest.approx(losses, abs=1e-4)
     assert [record["train_lr"] for record in history] == pytest.approx(rates, rel=1e-6)
     assert [record["train_images"] for record in history] == [
         sum(len(labels) for batch in batches for _, labels in batch) for batches in epochs]
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(trained["model"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(trained["model"][name], value, rtol=1e-3, atol=3e-5, msg=name)
