@@ -91,9 +91,6 @@ class Run:
         """What this run, not one before it in the same folder, has printed."""
         return self.console.read_bytes()[self.said_before:].decode() if self.console.exists() else ""
 
-    def says(self, text):
-        return text in self.output()
-
     def kill(self):
         os.kill(self.process.pid, signal.SIGKILL)
         return self.end()
@@ -187,7 +184,7 @@ def kill_and_resume(stage, folder, extractor, kills, epochs, rng):
     finish(stage, Path(folder) / f"{stage}_warm_up", "--epochs", 1)
     began = time.monotonic()
     run = begin(reference)
-    run.wait_until(lambda: run.says(BEGUN))
+    run.wait_until(lambda: BEGUN in run.output())
     startup = time.monotonic() - began
     outputs(run)
     epoch = (time.monotonic() - began - startup) / epochs
@@ -196,7 +193,7 @@ def kill_and_resume(stage, folder, extractor, kills, epochs, rng):
     for number in range(kills):
         run, phase = begin(killed), ("start-up", "writing", "training")[number % 3]
         if phase != "start-up":
-            run.wait_until(run.has_written if phase == "training" else lambda run=run: run.says(BEGUN))
+            run.wait_until(run.has_written if phase == "training" else lambda run=run: BEGUN in run.output())
         moment = time.monotonic() + rng.uniform(0, startup if phase == "start-up" else epoch)
         alive = run.wait_until(lambda moment=moment: time.monotonic() > moment)
         if alive and phase == "writing":

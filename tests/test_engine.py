@@ -1,6 +1,5 @@
 """Training and draws of whole runs against plainly written ones, and the loops of engine.py alone."""
 import functools
-import json
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -25,9 +24,6 @@ pytestmark = pytest.mark.usefixtures("few_images")
 WEIGHT_DECAY = 1.0  # strong enough to show in two epochs
 MIN_LR = 1e-5
 CPU = torch.device("cpu")
-
-
-# --------------------------------------------------------------------------------------- training, written plainly
 
 
 def plain_lr(t, lr, epochs):
@@ -100,9 +96,9 @@ def test_training_equals_a_plainly_written_loop(script, accum_iter, flags, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, flags, sizes", [(FINETUNE, ["--num_samples", 10], [25, 8]), (PRETRAIN, [], [25])])
-def test_each_batch_size_has_a_graph_of_its_own(script, flags, sizes, tmp_path, monkeypatch):
+def test_each_batch_size_has_a_graph_of_its_own(tmp_path, monkeypatch):
     """With --compile, of a backend that compiles nothing."""
+    flags = ["--epochs", 2, "--num_samples", 10, "--batch_size", 25]
     graphs = []  # for each, the batch sizes that it ran on
 
     def backend(graph, inputs):
@@ -115,16 +111,13 @@ def test_each_batch_size_has_a_graph_of_its_own(script, flags, sizes, tmp_path, 
             return graph(*values)
         return forward
 
-    plain = run(script, tmp_path / "plain", "--epochs", 2, "--batch_size", 25, *flags)
+    plain = run(FINETUNE, tmp_path / "plain", *flags)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch.compiler.reset()
-    compiled = run(script, tmp_path / "compiled", "--epochs", 2, "--batch_size", 25, "--compile", *flags)
-    assert [set(ran_on) for ran_on in graphs] == [{size} for size in sizes]
+    compiled = run(FINETUNE, tmp_path / "compiled", *flags, "--compile")
+    assert [set(ran_on) for ran_on in graphs] == [{25}, {8}]
     assert [record["train_loss"] for record in compiled] == pytest.approx(
         [record["train_loss"] for record in plain], rel=1e-4)
-
-
-# --------------------------------------------------------------------------------------- predictions and draws
 
 
 def test_predict_equals_a_direct_forward():
@@ -166,24 +159,6 @@ def test_draws_see_the_current_model_on_clean_images(tmp_path):
             for name, part in (("drawn_margin", members & is_drawn), ("left_margin", members & ~is_drawn)):
                 assert figures[name] == pytest.approx(margins[part].mean().item(), abs=1e-4)
     assert (seen[0] - seen[1]).abs().max() > 0.01, "or an old model's draw would pass too"
-
-
-# --------------------------------------------------------------------------------------- records, precision, a GPU
-
-
-@pytest.mark.parametrize("script, evaluated, drawn", [(PRETRAIN, [1, 2], []), (FINETUNE, [1, 2], [0, 1])])
-def test_log_holds_one_object_per_epoch(script, evaluated, drawn, tmp_path):
-    figures = {f"test_{name}" for name in ("acc1", "acc5", "loss", "many", "medium", "few", "per_class")}
-    figures |= {f"test_adjusted_{name}" for name in ("acc1", "many", "medium", "few")}
-    flags = ["--num_samples", 5, "--sampling_freq", 1]
-    if script == PRETRAIN:
-        figures, flags = {f"knn_{name}" for name in ("acc1", "many", "medium", "few")}, []
-    history = run(script, tmp_path, "--epochs", 3, "--batch_size", 60, "--eval_freq", 2, *flags)
-    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == history
-    for epoch, record in enumerate(history):
-        expected = {"epoch", "train_loss", "train_lr", "train_images"}
-        expected |= (figures if epoch in evaluated else set()) | ({"drawn"} if epoch in drawn else set())
-        assert set(record) == expected and record["epoch"] == epoch
 
 
 def test_amp_auto_is_bfloat16_where_the_cpu_has_it(monkeypatch):

@@ -61,9 +61,6 @@ def knn_accuracies(path, factor=100):
     return {f"knn_{name}": value for name, value in accuracies(votes.argmax(1), factor).items()}
 
 
-# --------------------------------------------------------------------------------------- figures
-
-
 @pytest.mark.parametrize("script, amp", [(LINEPROB, "none"), (FINETUNE, "bfloat16")])
 def test_eval_repeats_the_last_epoch_exactly(script, amp, tmp_path, capsys):
     before, last = run(script, tmp_path, "--epochs", 2, "--num_samples", 10, "--amp", amp, "--blr", 0.05,
@@ -117,9 +114,6 @@ def test_knn_figures_are_those_of_plainly_computed_features(tmp_path, capsys):
     run(LINEPROB, tmp_path / "probe", "--epochs", 1, "--resume", path)
     for script, file in ((PRETRAIN, path), (LINEPROB, final_file(LINEPROB, tmp_path / "probe"))):
         assert evaluate(PRETRAIN, file) == figures_of(history[1]), script
-
-
-# --------------------------------------------------------------------------------------- flags of the checkpoint
 
 
 @pytest.fixture

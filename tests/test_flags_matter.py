@@ -29,7 +29,7 @@ EFFECTS = {
     "epochs": ([], [2], "weights"), "batch_size": ([], [30], "weights"), "accum_iter": ([], [2], "weights"),
     "opt": ([], ["sgd"], "weights"), "weight_decay": ([], [0.5], "weights"), "lr": ([], [0.1], "weights"),
     "blr": ([], [0.1], "weights"), "min_lr": ([], [5e-5], "weights"), "warmup_epochs": (TWO, [1], "weights"),
-    "amp": ([], ["bfloat16"], "weights"), "seed": ([], [5], "weights"), "start_epoch": (TWO, [1], "weights"),
+    "amp": ([], ["bfloat16"], "weights"), "seed": ([], [5], "weights"),
     "eval_freq": (["--epochs", 3], [2], "log"), "save_freq": (TWO, [1], "files"),
     "keep_checkpoints": ([*TWO, "--save_freq", 1], [1], "files"), "log_dir": ([], ["{folder}/logs"], "files"),
     "resume": ([], ["{encoder}"], "weights"), "encoder": ([], ["{encoder}"], "weights"),
@@ -121,9 +121,6 @@ def test_the_seed_decides_weights_draws_order_and_views_and_nothing_else_does(sc
     for name, value in one.items():
         assert torch.equal(value, again[name]), name
         assert not torch.allclose(value.double(), other[name].double(), atol=1e-6), name
-
-
-# --------------------------------------------------------------------------------------- precision
 
 
 @pytest.mark.parametrize("script, amp, dtype", [

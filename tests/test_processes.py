@@ -41,13 +41,17 @@ def test_second_process_of_a_machine_takes_the_second_gpu(monkeypatch):
     assert chosen == [str(processes.device)] == ["cuda:1"] and (processes.rank, processes.world_size) == (3, 4)
 
 
-# ---------------------------------------------------------------------------------------- errors
-
-
-def fail_in(rank, action):
+def only_in(rank, action):
     """For `prepare`: `action` is called in one process, amid epoch 1."""
     if os.environ["RANK"] == str(rank):
         at_step(1, 1, action)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all(tmp_path):
+    prepare = functools.partial(only_in, 1, functools.partial(signal_self, signal.SIGTERM))
+    outputs(*pair("lineprob_bns", tmp_path, "--epochs", 9, prepare=prepare), code=128 + signal.SIGTERM)
+    assert (tmp_path / "checkpoint-1.pth").exists()
 
 
 def raise_error():
@@ -64,7 +68,7 @@ def ended(*runs):
 @pytest.mark.parametrize("rank, action, code", [
     (0, raise_error, 2), (1, raise_error, 2), (1, functools.partial(signal_self, signal.SIGKILL), -signal.SIGKILL)])
 def test_failure_of_one_process_is_told_by_it_and_ends_all(rank, action, code, tmp_path):
-    prepare = functools.partial(fail_in, rank, action)
+    prepare = functools.partial(only_in, rank, action)
     codes, lines = ended(*pair("lineprob_bns", tmp_path, "--epochs", 3, "--save_freq", 50, prepare=prepare))
     assert codes[rank] == code and codes[1 - rank] != 0
     assert lines == ["main_cifar10_lineprob_bns.py: error: a file is not there"] * (code == 2)
@@ -103,9 +107,6 @@ def end_again_and_again(folder):
 def test_end_does_not_hang(tmp_path):
     """Without its reference to the group, it does within a few rounds."""
     outputs(*pair("pretrain_bns", tmp_path, prepare=functools.partial(end_again_and_again, tmp_path)))
-
-
-# ---------------------------------------------------------------------------------------- torchrun
 
 
 @pytest.mark.slow

@@ -1,19 +1,24 @@
 """A run that was killed, stopped or changed goes on as it should: at the start of an epoch, as if nothing had been."""
 import functools
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import FINETUNE, LINEPROB, PRETRAIN, STAGES, final_file, run
+from conftest import FINETUNE, LINEPROB, PRETRAIN, STAGES, TINY, final_file, run
 from run_process import at_step, differences, finish, kill_and_resume, signal_self
 
 from util.errors import UserError
 from util.run.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("few_images")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def epochs(history):
@@ -70,7 +75,7 @@ def test_nothing_left_to_train_writes_the_final_file(tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-# ---------------------------------------------------------------------------------------- stopped by a signal
+# ---------------------------------------------------------------------------------------- signals, terminals
 
 
 def stop_amid(epoch, *signums, pause=0.0):
@@ -78,15 +83,25 @@ def stop_amid(epoch, *signums, pause=0.0):
     return functools.partial(at_step, epoch, 1, functools.partial(signal_self, *signums, pause=pause))
 
 
+def close_terminal():
+    """Nothing can be written any more, and a signal says why."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for number in (1, 2):
+        os.dup2(writer, number)
+    signal_self(signal.SIGHUP)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, signum, flags", [
-    ("pretrain_bns", signal.SIGINT, ["--opt", "sgd"]), ("lineprob_bns", signal.SIGHUP, ["--augment", "auto"]),
-    ("finetune_ipdpp", signal.SIGTERM, ["--amp", "float16"])])
-def test_stopped_amid_an_epoch_and_resumed_run_ends_as_one_left_alone(stage, signum, flags, tmp_path):
+@pytest.mark.parametrize("stage, signum, stop, flags", [
+    ("pretrain_bns", signal.SIGINT, stop_amid(1, signal.SIGINT), ["--opt", "sgd"]),
+    ("lineprob_bns", signal.SIGHUP, functools.partial(at_step, 1, 1, close_terminal), ["--augment", "auto"]),
+    ("finetune_ipdpp", signal.SIGTERM, stop_amid(1, signal.SIGTERM), ["--amp", "float16"])])
+def test_stopped_amid_an_epoch_and_resumed_run_ends_as_one_left_alone(stage, signum, stop, flags, tmp_path):
     flags = ["--epochs", 4, "--save_freq", 50, *flags]
     finish(stage, tmp_path / "reference", *flags)
     stopped = functools.partial(finish, stage, tmp_path / "stopped", *flags, save_every=60.0)
-    stopped(code=128 + signum, prepare=stop_amid(1, signum))
+    stopped(code=128 + signum, prepare=stop)
     assert load_checkpoint(tmp_path / "stopped" / "checkpoint-1.pth")["epoch"] == 1
     # Killed after epoch 2 was logged and before it was saved: it is trained and logged a second time.
     stopped("--resume", "auto", code=-signal.SIGKILL, prepare=stop_amid(3, signal.SIGKILL))
@@ -103,6 +118,25 @@ def test_signals_within_a_second_count_as_one_and_a_later_one_ends_at_once(tmp_p
     finish("lineprob_bns", tmp_path / "two", "--epochs", 9, code=-signal.SIGTERM,
            prepare=stop_amid(1, *signals, pause=1.1))
     assert not (tmp_path / "two" / "checkpoint-1.pth").exists()
+
+
+def under_nohup():
+    """Amid epoch 1 its terminal is closed, of which nohup keeps the signal away."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(1, 1, close_terminal)
+
+
+@pytest.mark.slow
+def test_run_under_nohup_goes_on_in_silence(tmp_path):
+    output = finish("pretrain_bns", tmp_path, "--epochs", 3, prepare=under_nohup)
+    assert "epoch 1" not in output and load_checkpoint(final_file(PRETRAIN, tmp_path))["epoch"] == 2
+
+
+@pytest.mark.slow
+def test_run_whose_output_the_shell_has_closed_goes_on(tmp_path):
+    flags = [*TINY, "--epochs", "1", "--batch_size", "256", "--output_dir", str(tmp_path)]
+    command = f"{sys.executable} main_cifar10_pretrain_bns.py {' '.join(flags)} >&- 2>&-"
+    assert subprocess.run(command, shell=True, cwd=ROOT).returncode == 0 and final_file(PRETRAIN, tmp_path).exists()
 
 
 # ---------------------------------------------------------------------------------------- other files, other flags
