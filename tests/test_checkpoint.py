@@ -1,15 +1,17 @@
-"""Checkpoints as the paper's authors publish them: read, evaluated, continued."""
+"""Checkpoints as the paper's authors publish them: read, evaluated, continued; and what a full disk leaves."""
 import argparse
+import errno
+import os
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PRETRAIN, final_file, load
+from conftest import PRETRAIN, contents, final_file, load
 from torch import nn
 
 from models import BNSNetwork, Classifier, create_encoder
-from util.run.checkpoint import load_checkpoint, load_weights, stage_of
+from util.run.checkpoint import load_checkpoint, load_weights, save_checkpoint, stage_of
 from util.toy_data import ToyCIFAR
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
@@ -136,3 +138,15 @@ def test_published_pretraining_goes_on_from_its_epoch(few_images, tmp_path):
     assert {moments["step"].item() for moments in after["optimizer"]["state"].values()} == {2}
     for name, value in network.projector.state_dict().items():
         torch.testing.assert_close(after["model"][f"projector.{name}"], value, atol=1e-6, rtol=0)
+
+
+def test_a_file_that_cannot_be_flushed_to_the_disk_stays_as_it_was(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_checkpoint({"model": {}}, tmp_path / "last.pth")
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="last.pth"):
+        save_checkpoint({"model": {"weight": torch.ones(2)}}, tmp_path / "last.pth")
+    assert contents(tmp_path) == before
