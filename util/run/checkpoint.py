@@ -3,6 +3,7 @@ import argparse
 import io
 import os
 import re
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -92,15 +93,11 @@ def load_weights(module, weights, source):
     Raises:
         UserError: a name or shape differs, as it does for another architecture or another number of classes.
     """
-    own = module.state_dict()
-    wrong = [f"{name} of shape {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
-             for name in own if name in weights and own[name].shape != weights[name].shape]
-    wrong += [f"no {name}" for name in own if name not in weights]
-    wrong += [f"{name}, which this model lacks" for name in weights if name not in own]
-    if wrong:
-        raise UserError(f"{source} does not fit this stage, --model and --num_classes: found {wrong[0]}"
-                        f" ({len(wrong)} differences in all)")
-    module.load_state_dict(weights)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:  # a headline, then a line for each kind of difference
+        difference = textwrap.shorten(str(error).splitlines()[1], 200)
+        raise UserError(f"{source} does not fit this stage, --model and --num_classes: {difference}") from error
 
 
 def load_encoder(encoder, checkpoint, source):
