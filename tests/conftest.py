@@ -12,12 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-from util.run import Run  # noqa: E402
 from util.run.options import launch  # noqa: E402
 from util.toy_data import ToyCIFAR  # noqa: E402
 
+STAGES = ("pretrain_bns", "lineprob_bns", "finetune_ipdpp")
+PRETRAIN, LINEPROB, FINETUNE = (f"main_cifar10_{stage}" for stage in STAGES)
 TINY = ["--toy_data", "--model", "test_resnet", "--input_size", "16", "--device", "cpu", "--amp", "none"]
 DRAW_ALL = ToyCIFAR.__init__
 
@@ -31,12 +32,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):  # not `item.keywords`, which hold the names of folders too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Threads would cost models this small more than they save, above all on a busy machine."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -73,21 +68,29 @@ def few_images(monkeypatch):
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """The runs of a test draw no pictures of their evaluations, which take longer than all else in runs this small."""
-    monkeypatch.setattr(Run, "shows_pictures", lambda self, epoch: False)
+def no_pictures():
+    """Nothing more: TensorBoard shows no pictures of evaluations."""
+
+
+def load(script):
+    """The module of a script; `script` may be it already."""
+    return importlib.import_module(script) if isinstance(script, str) else script
 
 
 def run(script, output_dir, *flags):
     """What `main` of a script (module or its name) returns for the flags of TINY and `flags`."""
-    script = importlib.import_module(script) if isinstance(script, str) else script
     flags = [*TINY, "--output_dir", output_dir, *flags]
-    return script.main(script.get_args_parser().parse_args([str(flag) for flag in flags]))
+    return load(script).main(load(script).get_args_parser().parse_args([str(flag) for flag in flags]))
 
 
 def final_file(script, output_dir):
-    parser = script.get_args_parser()
-    return output_dir / f"{parser.get_default('stage')}_{parser.get_default('dataset')}_if100.pth"
+    return output_dir / f"{load(script).get_args_parser().get_default('stage')}_cifar10_if100.pth"
+
+
+def scalars(folder):
+    """TensorBoard's curves: dict from tag to (step, value) of each point."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def one_of(world_size, rank=0):
@@ -97,7 +100,7 @@ def one_of(world_size, rank=0):
 
 def command_line(name, *flags):
     """Run `python name.py flags` in this process; the code it exits with."""
-    script, before = importlib.import_module(name), sys.argv
+    script, before = load(name), sys.argv
     sys.argv = [f"{name}.py", *map(str, flags)]
     try:
         launch(script.main, script.get_args_parser())
@@ -109,8 +112,9 @@ def command_line(name, *flags):
 
 
 def contents(folder):
-    """Every file below `folder`, hidden ones included, with its bytes."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The bytes of all files below `folder` but locks, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
 
 
 class Payload:
@@ -121,10 +125,3 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (self.marker,)
-
-
-@pytest.fixture
-def quick_runs(few_images, monkeypatch):
-    """The toy data are few, and TensorBoard's figures, which take most of the time of such runs, are blank."""
-    for name in ("accuracy_bars", "confusion_heatmap"):
-        monkeypatch.setattr(f"util.run.pictures.{name}", lambda *args: Figure((1, 1)))

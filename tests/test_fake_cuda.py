@@ -1,10 +1,7 @@
 """The scripts on a CUDA device that computes nothing: its tensors are PyTorch's fake ones, those on the CPU are real.
 
-This shows, without a GPU, a tensor on the wrong device, an operation that CUDA lacks for such types and shapes, and a
-step that waits for the device. It does not show values, speed, or what libraries wait for by themselves.
-
-Most names used here are private to PyTorch, so the tests run with the version that requirements.txt pins, and are
-skipped with any other.
+This shows, without a GPU, a tensor on the wrong device and a step that waits for the device; no values, no speed.
+Most names used here are private to PyTorch: the tests run only with the version that requirements.txt pins.
 """
 from collections import Counter
 from pathlib import Path
@@ -12,13 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import final_file, run
+from conftest import FINETUNE, LINEPROB, PRETRAIN, final_file, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import main_cifar10_finetune_ipdpp as finetune
-import main_cifar10_lineprob_bns as lineprob
-import main_cifar10_pretrain_bns as pretrain
 from util.batches import EpochBatches
 from util.run.log import Progress
 
@@ -41,14 +35,13 @@ def is_fake(value):
 class FakeCuda(TorchDispatchMode):
     """Runs what concerns CUDA on fake tensors and the rest as it is.
 
-    Attributes: `waits`, how often a real device would have been waited for, by reason; `launches`, operations that a
-    real device would have run a kernel for.
+    Attribute `waits`: how often a real device would have been waited for, by reason.
     """
 
     def __init__(self):
         super().__init__()
         self.fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-        self.waits, self.launches = Counter(), Counter()
+        self.waits = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -69,9 +62,6 @@ class FakeCuda(TorchDispatchMode):
             return getattr(args[0], "source", torch.zeros(args[0].shape)).to(kwargs.get("dtype") or args[0].dtype)
         with self.fake:
             result = func(*args, **kwargs)
-        is_view = any(output.alias_info and not output.alias_info.is_write for output in func._schema.returns)
-        if func.namespace == "aten" and not is_view:
-            self.launches[func.name()] += 1
         if func is ATEN._to_copy.default and on_cpu:
             result.source = on_cpu[0]
         return result
@@ -128,7 +118,7 @@ def backward(loss):
 
 @pytest.fixture
 def fake_cuda(monkeypatch, few_images):
-    """A FakeCuda whose `waits` and `launches` are those of the steps alone, from an epoch's first batch to its last."""
+    """A FakeCuda. `of_steps` holds the `waits` of each epoch from its first batch to its last."""
     device, quiet, save, iterate = FakeCuda(), mock.Mock(return_value=None), torch.save, EpochBatches.__iter__
 
     def pin(tensor):
@@ -141,11 +131,10 @@ def fake_cuda(monkeypatch, few_images):
 
     def counted(batches):
         device.waits.clear()
-        device.launches.clear()
         yield from iterate(batches)
-        device.of_steps.append((len(batches), Counter(device.waits), Counter(device.launches)))
+        device.of_steps.append(Counter(device.waits))
 
-    device.of_steps = []  # of each epoch
+    device.of_steps = []
     replaced = {
         torch.cuda: {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
                      "is_bf16_supported": lambda **_: True, "max_memory_allocated": lambda _: 0, "_lazy_init": quiet,
@@ -166,33 +155,20 @@ def fake_cuda(monkeypatch, few_images):
     torch._C._set_only_lift_cpu_tensors(False)
 
 
-def on_cuda(device, script, folder, *flags):
-    with device:
-        result = run(script, folder, "--epochs", 2, "--batch_size", 32, "--device", "cuda", *flags)
-    return result
-
-
-def steps_did_not_wait(device, epochs):
-    assert len(device.of_steps) == epochs and all(launches for _, _, launches in device.of_steps)
-    assert not any(waits for _, waits, _ in device.of_steps), device.of_steps
-
-
 @pytest.mark.parametrize("script, amp, flags", [
-    (pretrain, "bfloat16", ["--eval_freq", 1]), (pretrain, "float16", ["--bns_form", "eq12", "--accum_iter", 2]),
-    (lineprob, "none", ["--augment", "crop"]), (finetune, "bfloat16", ["--augment", "auto"]),
-    (finetune, "float16", ["--sampling_freq", 1]), (finetune, "none", ["--ipdpp_sampler", "none", "--accum_iter", 2]),
-    (finetune, "bfloat16", ["--loss", "logit_adjusted", "--ipdpp_sampler", "uniform"])])
+    (PRETRAIN, "bfloat16", ["--eval_freq", 1]), (PRETRAIN, "float16", ["--bns_form", "eq12", "--accum_iter", 2]),
+    (LINEPROB, "none", ["--augment", "crop"]), (FINETUNE, "bfloat16", ["--augment", "auto"]),
+    (FINETUNE, "float16", ["--sampling_freq", 1]), (FINETUNE, "none", ["--ipdpp_sampler", "none", "--accum_iter", 2]),
+    (FINETUNE, "bfloat16", ["--loss", "logit_adjusted", "--ipdpp_sampler", "uniform"])])
 def test_no_tensor_is_on_the_wrong_device_and_no_step_waits(script, flags, amp, fake_cuda, tmp_path):
-    if script is not pretrain:
-        flags = [*flags, "--num_samples", 5]
-    on_cuda(fake_cuda, script, tmp_path, "--amp", amp, *flags)
-    if "auto" not in flags:  # torchvision's warps and sharpness wait for a small matrix
-        steps_did_not_wait(fake_cuda, epochs=2)
+    """In a run of two epochs, one more when it goes on, and --eval."""
+    flags = ["--batch_size", 32, "--device", "cuda", "--amp", amp, *flags]
+    if script != PRETRAIN:
+        flags += ["--num_samples", 5]
     with fake_cuda:
-        run(script, tmp_path, "--eval", final_file(script, tmp_path), "--device", "cuda", "--amp", amp)
-
-
-def test_a_resumed_run_keeps_its_state_on_the_device(fake_cuda, tmp_path):
-    on_cuda(fake_cuda, finetune, tmp_path, "--amp", "float16")
-    on_cuda(fake_cuda, finetune, tmp_path, "--amp", "float16", "--epochs", 3, "--resume", "auto")
-    steps_did_not_wait(fake_cuda, epochs=3)
+        for epochs in (2, 3):
+            run(script, tmp_path, *flags, "--epochs", epochs, "--resume", "auto")
+        run(script, tmp_path, *flags, "--eval", final_file(script, tmp_path))
+    assert len(fake_cuda.of_steps) == 3 and fake_cuda.waits, "evaluation waits"
+    if "auto" not in flags:  # torchvision's warps and sharpness wait for a small matrix
+        assert not any(fake_cuda.of_steps), fake_cuda.of_steps

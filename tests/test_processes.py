@@ -1,9 +1,8 @@
-"""Two processes over gloo against one, with the environment of torchrun, of SLURM, and under torchrun itself."""
+"""Two processes over gloo: devices, evaluation, errors, and torchrun itself."""
 import functools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_process import Run, all_flags, at_step, differences
+from run_process import Run, all_flags, at_step, differences, outputs, pair, signal_self
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
@@ -21,101 +20,42 @@ from util.run.processes import Processes
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pair(stage, folder, *flags, slurm=False, **settings):
-    """Two processes of one run, the first first."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS") if slurm else (
-        "RANK", "LOCAL_RANK", "WORLD_SIZE")
-    return [Run(stage, folder, *flags, **settings, environment={
-        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK_OF_TEST": rank,
-        **dict(zip(names, (rank, rank, "2"), strict=True))}) for rank in ("0", "1")]
-
-
-def finish(*runs, code=0):
-    """Run to the end, which must have this exit code; what each has printed."""
-    for run in runs:
-        assert run.end() == code, run.output()
-    return [run.output() for run in runs]
-
-
-# ---------------------------------------------------------------------------------------- the same figures
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Folders of runs by one process and by two."""
-    folder = tmp_path_factory.mktemp("trained")
-    finish(Run("pretrain_bns", folder / "pretrain_bns-1", "--epochs", 1),
-           *pair("finetune_ipdpp", folder / "finetune_ipdpp-2", "--epochs", 2))
-    return folder
-
-
-def final(folder):
-    return folder / f"{folder.name[:-2]}_cifar10_if100.pth"
-
-
-def figures(output):
-    """All lines that tell the figures of the last evaluation."""
-    return re.findall(r"^\* (?:kNN )?Acc@1.*(?:\n.*\n\* Many-Shot.*\n\* logit-adjusted.*)?", output, re.MULTILINE)[-1]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("run, slurm", [("pretrain_bns-1", False), ("finetune_ipdpp-2", True)])
-def test_evaluation_is_the_same_by_one_process_by_two_and_in_training(run, slurm, trained, tmp_path):
-    flags = [run[:-2], tmp_path / "eval", "--eval", final(trained / run)]
-    one, two, silent = finish(Run(*flags), *pair(*flags, slurm=slurm))
-    assert one == two and silent == "" and not (tmp_path / "eval").exists()
-    console = trained / f"{run}.console{'0' if run.endswith('2') else ''}"
-    assert figures(one) == figures(console.read_text())
+def test_evaluation_is_the_same_by_one_process_by_two_and_in_training(tmp_path):
+    trained = outputs(*pair("finetune_ipdpp", tmp_path / "run", "--epochs", 2))
+    flags = ["finetune_ipdpp", tmp_path / "eval", "--eval", tmp_path / "run" / "finetune_ipdpp_cifar10_if100.pth"]
+    one, two, silent = outputs(Run(*flags), *pair(*flags))
+    assert one == two and silent == trained[1] == "" and not (tmp_path / "eval").exists()
+    assert re.findall(r"^\* .*", one, re.MULTILINE) == re.findall(r"^\* .*", trained[0], re.MULTILINE)[-3:]
 
 
-# ---------------------------------------------------------------------------------------- the same training
-
-
-# ---------------------------------------------------------------------------------------- devices
-
-
-@pytest.mark.parametrize("launcher, visible, expected", [("slurm", 1, "cuda:0"), ("slurm", 2, "cuda:1"),
-                                                         ("torchrun", 2, "cuda:1")])
-def test_second_process_of_a_machine_takes_the_second_gpu_or_the_only_one_it_sees(
-        launcher, visible, expected, monkeypatch):
-    """SLURM can show each task its own GPU only, which is its device 0."""
-    names = {"slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
-             "torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    monkeypatch.setattr(os, "environ", dict(zip(names[launcher], ("1", "1", "2"), strict=True),
-                                            MASTER_ADDR="localhost", MASTER_PORT="29500"))
+def test_second_process_of_a_machine_takes_the_second_gpu(monkeypatch):
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
     chosen = []
-    for name, answer in {"cuda.is_available": True, "cuda.device_count": visible, "distributed.new_group": None,
-                         "distributed.init_process_group": None, "distributed.get_world_size": 2,
-                         "distributed.get_rank": 1}.items():
+    for name, answer in {"cuda.is_available": True, "cuda.device_count": 2, "distributed.new_group": None,
+                         "distributed.init_process_group": None}.items():
         monkeypatch.setattr(f"torch.{name}", lambda *args, answer=answer, **kwargs: answer)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
     processes = Processes("auto")
-    assert chosen == [str(processes.device)] == [expected] and (processes.rank, processes.world_size) == (1, 2)
+    assert chosen == [str(processes.device)] == ["cuda:1"] and (processes.rank, processes.world_size) == (3, 4)
 
 
-@pytest.mark.parametrize("variables", [
-    {"SLURM_NTASKS": "4"},  # the shell that salloc opens
-    {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # the script that sbatch starts
-    {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}])
-def test_an_allocation_without_srun_is_one_process(variables, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    processes = Processes("cpu")
-    assert (processes.rank, processes.world_size) == (0, 1)
+def only_in(rank, action):
+    """For `prepare`: `action` is called in one process, amid epoch 1."""
+    if os.environ["RANK"] == str(rank):
+        at_step(1, 1, action)
 
 
-# ---------------------------------------------------------------------------------------- errors
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all(tmp_path):
+    prepare = functools.partial(only_in, 1, functools.partial(signal_self, signal.SIGTERM))
+    outputs(*pair("lineprob_bns", tmp_path, "--epochs", 9, prepare=prepare), code=128 + signal.SIGTERM)
+    assert (tmp_path / "checkpoint-1.pth").exists()
 
 
-def fail_in(rank, error):
-    """For `prepare`: `error` is raised in one process, amid epoch 1."""
-    def fail():
-        raise error
-    if os.environ["RANK_OF_TEST"] == str(rank):
-        at_step(1, 1, fail)
+def raise_error():
+    raise UserError("a file is not there")
 
 
 def ended(*runs):
@@ -125,39 +65,29 @@ def ended(*runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_mistake_found_in_one_process_is_told_by_it_and_ends_all(rank, tmp_path):
-    prepare = functools.partial(fail_in, rank, UserError("a file is not there"))
+@pytest.mark.parametrize("rank, action, code", [
+    (0, raise_error, 2), (1, raise_error, 2), (1, functools.partial(signal_self, signal.SIGKILL), -signal.SIGKILL)])
+def test_failure_of_one_process_is_told_by_it_and_ends_all(rank, action, code, tmp_path):
+    prepare = functools.partial(only_in, rank, action)
     codes, lines = ended(*pair("lineprob_bns", tmp_path, "--epochs", 3, "--save_freq", 50, prepare=prepare))
-    assert codes[rank] == 2 and codes[1 - rank] != 0
-    assert lines == ["main_cifar10_lineprob_bns.py: error: a file is not there"]
+    assert codes[rank] == code and codes[1 - rank] != 0
+    assert lines == ["main_cifar10_lineprob_bns.py: error: a file is not there"] * (code == 2)
     assert load_checkpoint(tmp_path / "checkpoint-0.pth")["epoch"] == 0
 
 
 @pytest.mark.slow
-def test_killed_process_ends_the_others(tmp_path):
-    first, second = pair("pretrain_bns", tmp_path, "--epochs", 1000)
-    assert first.wait_until(lambda: first.says("epoch 1  train_loss"))
-    assert second.kill() == -signal.SIGKILL
-    assert first.end() != 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags, expected, found_by", [
-    (["--lr", "1e38", "--warmup_epochs", 0, "--epochs", 3], "lower --lr or --blr", 2),
-    (["--epochs", 3, "--batch_size", 64], "expected at most 127 together", 2),
-    (["--epochs", 3], "holds another run", 1)])
+@pytest.mark.parametrize("flags, expected, found_by", [(["--batch_size", 64], "--batch_size", 2),
+                                                       ([], "--output_dir", 1)])
 def test_mistake_ends_all_processes(flags, expected, found_by, tmp_path):
-    """One that the first process alone looks for is told once."""
-    if expected == "holds another run":
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "log.txt").touch()
+    """One that the first process alone looks for, here another run in the folder, is told once."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").touch()
     codes, lines = ended(*pair("pretrain_bns", tmp_path / "run", *flags))
     assert codes == [2, 2] and len(lines) == found_by and all(expected in line for line in lines)
 
 
 def end_again_and_again(folder):
-    start, rank = torch.distributed.init_process_group, int(os.environ["RANK_OF_TEST"])
+    start, rank = torch.distributed.init_process_group, int(os.environ["RANK"])
     for number in range(30):
         torch.distributed.init_process_group = functools.partial(
             lambda file, backend, *_, **__: start(
@@ -176,28 +106,19 @@ def end_again_and_again(folder):
 @pytest.mark.slow
 def test_end_does_not_hang(tmp_path):
     """Without its reference to the group, it does within a few rounds."""
-    finish(*pair("pretrain_bns", tmp_path, prepare=functools.partial(end_again_and_again, tmp_path)))
-
-
-# ---------------------------------------------------------------------------------------- torchrun
-
-
-def torchrun(stage, folder, *flags):
-    """`torchrun --nproc_per_node 2 main_cifar10_<stage>.py <flags>` on few images."""
-    runner = Path(f"{folder}.py")
-    runner.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-                      f"from run_process import run_script\n"
-                      f"run_script({stage!r}, sys.argv[1:], {str(folder)!r} + '.console')\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(runner)]
-    return subprocess.Popen([*command, *all_flags(stage, folder, flags)], cwd=ROOT)
+    outputs(*pair("pretrain_bns", tmp_path, prepare=functools.partial(end_again_and_again, tmp_path)))
 
 
 @pytest.mark.slow
 def test_torchrun_stopped_and_resumed_ends_as_left_alone(tmp_path):
     flags = ["--epochs", 20, "--batch_size", 4, "--eval_freq", 20]
-    finish(*pair("lineprob_bns", tmp_path / "reference", *flags))
-    job = torchrun("lineprob_bns", tmp_path / "stopped", *flags)
-    console = Path(f"{tmp_path / 'stopped'}.console")
+    outputs(*pair("lineprob_bns", tmp_path / "reference", *flags))
+    runner, console = tmp_path / "runner.py", tmp_path / "stopped.console"
+    runner.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                      f"from run_process import run_script\n"
+                      f"run_script('lineprob_bns', sys.argv[1:], {str(console)!r})\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(runner)]
+    job = subprocess.Popen([*command, *all_flags("lineprob_bns", tmp_path / "stopped", flags)], cwd=ROOT)
     try:
         while not (console.exists() and "epoch 0  train_loss" in console.read_text()):
             assert job.poll() is None, console.read_text()
@@ -208,8 +129,5 @@ def test_torchrun_stopped_and_resumed_ends_as_left_alone(tmp_path):
         job.kill()
     assert console.read_text().count("; add --resume auto to the command") == 1
     assert "Traceback" not in console.read_text()
-    finish(*pair("lineprob_bns", tmp_path / "stopped", *flags, "--resume", "auto"))
+    outputs(*pair("lineprob_bns", tmp_path / "stopped", *flags, "--resume", "auto"))
     assert differences(tmp_path / "stopped", tmp_path / "reference", "lineprob_bns") == []
-
-
-# ---------------------------------------------------------------------------------------- memory

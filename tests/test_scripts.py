@@ -1,19 +1,18 @@
-"""The six command lines: what the documents tell users to type, the defaults, --help, and the stages in their order."""
-import importlib
+"""The six command lines: what the documents tell users to type, the defaults, and --help."""
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, command_line, final_file, run
+from conftest import FINETUNE, PRETRAIN, STAGES, command_line, load
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("pretrain_bns", "lineprob_bns", "finetune_ipdpp")
 SCRIPTS = [f"main_{dataset}_{stage}" for dataset in ("cifar10", "cifar100") for stage in STAGES]
-PRETRAIN, LINEPROB, FINETUNE = SCRIPTS[:3]
+
+
+def parse(script, flags=()):
+    return vars(load(script).get_args_parser().parse_args(flags))
 
 
 def authors_commands():
@@ -33,35 +32,6 @@ def authors_commands():
                 yield script, f"{common} --epochs 100 {drawn} --resume {encoder} {folders}"
 
 
-# The paper's recipe: the flags that all scripts share, then those of each. One departure: a numbered checkpoint every
-# 10 epochs of the later stages, not every 1 or 5.
-SHARED = {"imbalanced_factor": 100, "input_size": 32, "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0,
-          "accum_iter": 1, "resume": None, "toy_data": False, "amp": "auto", "device": "auto",
-          "compile": False, "deterministic": False, "eval": None, "log_dir": None, "overwrite": False}
-EACH = ("epochs", "batch_size", "warmup_epochs", "seed", "save_freq", "jitter_strength")
-DEFAULTS = {"main_cifar10_pretrain_bns": (1000, 1024, 20, 0, 50, 2),
-            "main_cifar10_lineprob_bns": (100, 64, 20, 0, 10, 2),
-            "main_cifar10_finetune_ipdpp": (100, 64, 5, 42, 10, 1),
-            "main_cifar100_pretrain_bns": (1000, 512, 20, 0, 50, 2),
-            "main_cifar100_lineprob_bns": (100, 64, 5, 42, 10, 1),
-            "main_cifar100_finetune_ipdpp": (100, 64, 5, 42, 10, 1)}
-OF_STAGE = {"pretrain_bns": {"embed_dim": 128, "temperature": 0.5, "bns_form": "published", "eval_freq": 25},
-            "lineprob_bns": {"eval_freq": 1, "logit_adjustment": 1},
-            "finetune_ipdpp": {"eval_freq": 1, "logit_adjustment": 1, "loss": "cross_entropy", "mcmc_steps": 1000,
-                               "ipdpp_kernel": "paper", "ipdpp_sampler": "exact"}}
-DRAWN = {"main_cifar10_lineprob_bns": {"num_samples": 100}, "main_cifar100_lineprob_bns": {"num_samples": 50},
-         "main_cifar10_finetune_ipdpp": {"num_samples": 500, "sampling_freq": 10},
-         "main_cifar100_finetune_ipdpp": {"num_samples": 50, "sampling_freq": 20}}
-
-
-def load(script):
-    return importlib.import_module(script)
-
-
-def parse(script, flags=()):
-    return vars(load(script).get_args_parser().parse_args(flags))
-
-
 def commands(document):
     """(script, flags) of every command line in a text, in blocks of code and amid sentences."""
     lines = document.replace("\\\n", " ")
@@ -79,81 +49,46 @@ def test_every_command_of_the_readme_parses_and_the_authors_are_among_them():
         assert settings(script, flags.split()) in found
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_command_of_each_docstring_parses(script):
-    (named, flags), = commands(load(script).__doc__)
-    assert named == script and flags
-    parse(named, flags)
+# The paper's recipe: the flags that all scripts share, then those of each.
+SHARED = {"imbalanced_factor": 100, "input_size": 32, "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0,
+          "accum_iter": 1, "resume": None, "toy_data": False, "amp": "auto", "device": "auto"}
+OF_STAGE = {"pretrain_bns": {"epochs": 1000, "embed_dim": 128, "temperature": 0.5, "bns_form": "published"},
+            "lineprob_bns": {"epochs": 100, "batch_size": 64, "logit_adjustment": 1},
+            "finetune_ipdpp": {"epochs": 100, "batch_size": 64, "logit_adjustment": 1, "loss": "cross_entropy",
+                               "mcmc_steps": 1000, "ipdpp_kernel": "paper", "ipdpp_sampler": "exact"}}
+EACH = {"main_cifar10_pretrain_bns": {"batch_size": 1024, "warmup_epochs": 20, "seed": 0, "jitter_strength": 2},
+        "main_cifar100_pretrain_bns": {"batch_size": 512, "warmup_epochs": 20, "seed": 0, "jitter_strength": 2},
+        "main_cifar10_lineprob_bns": {"num_samples": 100, "warmup_epochs": 20, "seed": 0, "jitter_strength": 2},
+        "main_cifar100_lineprob_bns": {"num_samples": 50, "warmup_epochs": 5, "seed": 42, "jitter_strength": 1},
+        "main_cifar10_finetune_ipdpp": {"num_samples": 500, "sampling_freq": 10, "warmup_epochs": 5, "seed": 42,
+                                        "jitter_strength": 1},
+        "main_cifar100_finetune_ipdpp": {"num_samples": 50, "sampling_freq": 20, "warmup_epochs": 5, "seed": 42,
+                                         "jitter_strength": 1}}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_defaults(script):
+    """Those of CIFAR-100 are all in which its scripts differ."""
     _, dataset, stage = script.split("_", 2)
-    expected = {**SHARED, **OF_STAGE[stage], **DRAWN.get(script, {}),
-                **dict(zip(EACH, DEFAULTS[script], strict=True)), "stage": stage, "dataset": dataset,
+    expected = {**SHARED, **OF_STAGE[stage], **EACH[script], "stage": stage, "dataset": dataset,
                 "model": {"cifar10": "resnet18", "cifar100": "resnet34"}[dataset], "num_classes": int(dataset[5:]),
                 "data_root": f"/mnt/data/{dataset}", "output_dir": f"./output_dir/{dataset}/{stage}_{dataset}"}
-    args = parse(script)
+    args, ten = parse(script), f"main_cifar10_{stage}"
     assert {name: args[name] for name in expected} == expected
+    assert load(script).main is load(ten).main and args.keys() == parse(ten).keys()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_cifar100_script_is_that_of_cifar10_with_other_defaults(stage):
-    ten, hundred = load(f"main_cifar10_{stage}"), load(f"main_cifar100_{stage}")
-    assert hundred.main is ten.main and parse(hundred.__name__).keys() == parse(ten.__name__).keys()
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_the_command_in_it(script, capsys):
+    assert command_line(script, "--help") == 0 and "usage:" in capsys.readouterr().out
+    (named, flags), = commands(load(script).__doc__)
+    assert named == script and parse(named, flags)
 
 
-@pytest.mark.slow
-def test_help_needs_no_network():
-    """Neither importing the scripts nor --help opens a socket."""
-    program = """
-import runpy, socket, sys
-socket.socket.connect = socket.getaddrinfo = None
-for name in sys.argv[1:]:
-    sys.argv = [f"{name}.py", "--help"]
-    try:
-        runpy.run_path(f"{name}.py", run_name="__main__")
-    except SystemExit as end:
-        assert end.code == 0
-"""
-    finished = subprocess.run([sys.executable, "-c", program, *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("usage: ") == 6
-
-
-def test_short_and_old_names():
+def test_short_and_old_names_and_a_quoted_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     args = parse(PRETRAIN, "-dr there -sf 7 --num_views 1.5".split())
     assert (args["data_root"], args["save_freq"], args["jitter_strength"]) == ("there", 7, 1.5)
-
-
-def test_a_quoted_tilde_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    args = parse(FINETUNE, ["--data_root", "~/d", "--output_dir", "~/o", "--log_dir", "~/l", "--resume", "auto", "~/r"])
-    assert [args[name] for name in ("data_root", "output_dir", "log_dir")] == [f"/home/me/{name}" for name in "dol"]
-    assert args["resume"] == ["auto", "/home/me/r"] and parse(FINETUNE, ["--eval", "~/e"])["eval"] == "/home/me/e"
-
-
-# The stages in their order.
-
-
-def test_each_stage_names_the_next_command(tmp_path, quick_runs, capsys):
-    """Followed, the commands lead through all stages to the evaluation of what they wrote."""
-    def following(*command):
-        assert command_line(*command) == 0
-        lines = re.findall("^next: python (.*)$", capsys.readouterr().out, re.MULTILINE)
-        return [(Path(script).stem, *flags) for script, *flags in map(shlex.split, lines)]
-
-    short = [*TINY[-4:], "--epochs", 1, "--batch_size", 60]
-    later = following(PRETRAIN, *TINY, *short, "--output_dir", tmp_path / "p")
-    assert [script for script, *_ in later] == [LINEPROB, FINETUNE]
-    for script, *flags in later:
-        assert flags[-2:] == ["--resume", str(final_file(load(PRETRAIN), tmp_path / "p"))]
-        evaluation, = following(script, *flags, *short, "--output_dir", tmp_path / script)
-        assert evaluation[0] == script and evaluation[-1] == str(final_file(load(script), tmp_path / script))
-        assert following(*evaluation, *TINY[-4:]) == []
-
-
-@pytest.mark.parametrize("factor", ["12.5", "100.0004"])
-def test_imbalance_factor_names_the_final_file(factor, tmp_path, quick_runs):
-    run(LINEPROB, tmp_path, "--imbalanced_factor", factor, "--epochs", 1, "--num_samples", 2)
-    assert (tmp_path / f"lineprob_bns_cifar10_if{factor}.pth").exists()
+    args = parse(FINETUNE, ["--data_root", "~/d", "--output_dir", "~/o", "--resume", "auto", "~/r"])
+    assert (args["data_root"], args["output_dir"]) == ("/home/me/d", "/home/me/o")
+    assert args["resume"] == ["auto", "/home/me/r"]
