@@ -1,5 +1,4 @@
 """benchmarks/study/tables.py and weights.py, and that the documents state what the logs in results/ say."""
-import importlib
 import json
 import re
 from pathlib import Path
@@ -8,16 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import run
 
 from benchmarks.study import tables, weights
 from benchmarks.study.logs import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted(path.parent for path in ROOT.glob("results/*/commands"))
-TOY = ["--toy_data", "--model", "test_resnet", "--input_size", "16", "--device", "cpu"]
-
-
-# ---------------------------------------------------------------------------------------------- a study made up
+DOCUMENTS = ["README.md", "RESULTS.md"]
+FIGURE = re.compile(r"[+-]?\d+\.\d+(?: \([+-].*?\))?|\d+(?= points)")  # such as 77.2 or -1.0 (-1.9 to +0.0)
 
 
 def write_log(folder, name, figures, epochs=2, images=1000, cost="(1800 s on 1 core, commit abc1234)"):
@@ -77,7 +75,6 @@ def test_tables(folder):
         "| +10.0 |",
         "| bns | 4 | 40.0 | – | 10.0 | 30.0 | 96 k | 2.00 |",
         "| bns-seed0 | 4 | 2.00 | abc1234, def5678 with changes | `main_x.py --lr 1` |",
-        "| bns_strong-ipdpp-seed42 | 2 | 0.50 | abc1234 | `main_x.py --lr 1` |",
     ):
         assert line in lines, line
     order = [line.split()[1] for line in lines if line.startswith("| ")]
@@ -124,74 +121,63 @@ def test_intervals():
         assert np.isnan(tables.compare(*case)[1:]).all()  # no deviation is no certainty
 
 
-# ---------------------------------------------------------------------------------------------- the studies that are
-
-
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
 def test_readme_of_a_study_is_what_its_logs_say(folder):
     assert (folder / "README.md").read_text() == tables.readme(Study(folder))
 
 
-def rows_of(lines):
-    """Rows of the Markdown table that `lines` begin with, as dicts from the header's names to the cells."""
-    cells = []
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        cells.append([cell.strip() for cell in line.strip().strip("|").split("|")])
-    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+def tables_of(path):
+    """The tables of a Markdown file, each as the line above it and its rows, dicts from the header to the cells."""
+    for above, table in re.findall(r"^(.*)\n((?:\|.*\n)+)", path.read_text(), re.MULTILINE):
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+        yield above, [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def tables_of(lines):
-    """The rows of all tables of a Markdown text, each a dict by column."""
-    starts = [i for i, line in enumerate(lines) if line.startswith("|") and not lines[i - 1].startswith("|")]
-    return [row for i in starts for row in rows_of(lines[i:])]
+def rows_of(path):
+    return [row for _, rows in tables_of(path) for row in rows]
 
 
-@pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_tables_of_the_documents_are_those_of_the_studies(document):
-    """A table below a line `<!-- results/FOLDER/README.md -->` may leave out rows and columns of a table there.
+    """A table of variants or differences has rows and columns of those that the line above it names.
 
-    Where the line names several folders, each with a label, as `<!-- 10: results/...`, the label begins the names of
-    that folder's columns, and a cell may be empty. Rows that begin in italics are figures of others.
+    Where that line names several, each with a label, as `<!-- 10: results/FOLDER/README.md`, the label begins the names
+    of that study's columns, which may be empty. Rows in italics are figures of others.
     """
-    lines, compared = (ROOT / document).read_text().splitlines(), 0
-    for number, line in enumerate(lines):
-        sources = re.findall(r"(\d+: )?(results/\S+/README.md)", line) if line.startswith("<!-- ") else []
-        for label, source in sources:
-            theirs = tables_of((ROOT / source).read_text().splitlines())
-            for row in rows_of(lines[number + 1:]):
-                key, first = next(iter(row.items()))
-                if first.startswith("*"):
-                    continue
-                columns = {name.removeprefix(label): cell for name, cell in row.items()
-                           if name == key or (name.startswith(label) and (cell or not label))}
-                assert any(columns.items() <= other.items() for other in theirs) or len(columns) == 1, row
-                compared += len(columns) - 1
-    assert compared > 0
+    for above, rows in tables_of(ROOT / document):
+        sources = re.findall(r"(\d+: |)(results/\S+/README.md)", above)
+        assert sources or not {"variant", "difference"} & rows[0].keys(), rows[0]
+        for label, readme in sources:
+            theirs = rows_of(ROOT / readme)
+            for row in rows:
+                ours = {name.removeprefix(label): cell for name, cell in row.items()
+                        if name.startswith(label) or ":" not in name}
+                of_others = next(iter(ours.values())).startswith("*")
+                absent = not any(cell for name, cell in row.items() if name.startswith(label))
+                assert of_others or absent or any(ours.items() <= other.items() for other in theirs), row
 
 
-# ---------------------------------------------------------------------------------------------- exported weights
-
-
-def run_script(name, *arguments):
-    module = importlib.import_module(name)
-    return module.main(module.get_args_parser().parse_args([*TOY, *map(str, arguments)]))
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_figures_in_prose_are_those_of_the_variants_that_the_sentence_names(document):
+    """In backticks. A figure begins a cell in the rows of these variants or of their differences, or is all of it."""
+    rows = [row for folder in STUDIES for row in rows_of(folder / "README.md")]
+    text = re.sub(r"```.*?```|<!--.*?-->|\]\(\S*\)", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    text = re.sub(r"^(\||    ).*", "", text, flags=re.MULTILINE)  # tables, formulas
+    for sentence in re.split(r"(?<=[.?!])\s+|\n\n", text):
+        named, known = set(re.findall(r"`(\S+?)`", sentence)), set()
+        for name, *cells in map(dict.values, rows):
+            if named.issuperset(name.split(" against ")):
+                known.update(cells, (cell.split(" ")[0] for cell in cells))
+        assert known.issuperset(FIGURE.findall(re.sub(r"`.*?`", "", " ".join(sentence.split())))), sentence
 
 
 @pytest.mark.slow
-def test_exported_weights_evaluate_alike(tmp_path, capsys):
-    script, name = "main_cifar10_finetune_ipdpp", "finetune_ipdpp_cifar10_if100.pth"
-    run_script(script, "--epochs", 1, "--num_samples", 5, "--output_dir", tmp_path / "run")
-    full, target = tmp_path / "run" / name, tmp_path / "small.pth"
-    weights.export(full, target)
-    small = torch.load(target, weights_only=True)
-    assert set(small) == {"model", "epoch", "args"} and small["epoch"] == 0
-    assert str(tmp_path) not in str(small["args"]) and {"model", "num_samples", "stage"} <= small["args"].keys()
-
-    capsys.readouterr()
-    printed = []
-    for path in (full, target):
-        run_script(script, "--eval", path)
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] and "Acc@1" in printed[0]
+def test_exported_weights_evaluate_alike(tmp_path):
+    script, small = "main_cifar10_finetune_ipdpp", tmp_path / "small.pth"
+    full = tmp_path / "finetune_ipdpp_cifar10_if100.pth"
+    run(script, tmp_path, "--epochs", 1, "--num_samples", 5)
+    weights.export(full, small)
+    saved = torch.load(small, weights_only=True)
+    assert set(saved) == {"model", "epoch", "args"} and saved["epoch"] == 0
+    assert str(tmp_path) not in str(saved["args"]) and {"model", "num_samples", "stage"} <= saved["args"].keys()
+    assert run(script, tmp_path, "--eval", full) == run(script, tmp_path, "--eval", small)
