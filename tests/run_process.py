@@ -33,7 +33,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  #
 
 
 def run_script(stage, flags, console, save_every=0.0, largest_file=-1, environment=None, prepare=None):
-    """The body of a run's process: the command line main_cifar10_<stage>.py <flags>, its output appended to a file."""
+    """The body of a run's process: the command line main_cifar10_<stage>.py <flags>, its output appended to a file.
+
+    Args:
+        save_every: stands in for SAVE_EVERY of util.run.
+        largest_file: bytes that the process may write to one file, -1 for any number.
+        environment: dict of variables, as a launcher of several processes sets them.
+        prepare: called before the script.
+    """
     with open(console, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -53,14 +60,7 @@ def all_flags(stage, folder, flags):
 
 
 class Run:
-    """One process that runs the script of `stage` for the run in `folder`.
-
-    Args:
-        environment: dict of variables, as a launcher of several processes sets them.
-        save_every: stands in for SAVE_EVERY of util.run.
-        largest_file: bytes that the process may write to one file, -1 for any number.
-        prepare: called in the process before the script.
-    """
+    """One process that runs the script of `stage` for the run in `folder`. settings: arguments of `run_script`."""
 
     def __init__(self, stage, folder, *flags, environment=None, **settings):
         self.folder = Path(folder)

@@ -5,27 +5,20 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import FINETUNE, LINEPROB, PRETRAIN, STAGES, TINY, final_file, run
+from conftest import FINETUNE, LINEPROB, PRETRAIN, STAGES, final_file, run
 from run_process import at_step, differences, finish, kill_and_resume, signal_self
 
 from util.errors import UserError
 from util.run.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("few_images")
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def epochs(history):
     return [record["epoch"] for record in history]
-
-
-# ---------------------------------------------------------------------------------------- killed
 
 
 @pytest.mark.slow
@@ -73,9 +66,6 @@ def test_nothing_left_to_train_writes_the_final_file(tmp_path):
     assert run(PRETRAIN, tmp_path, *flags, "--resume", "auto") == history
     before, after = (load_checkpoint(path)["model"] for path in (tmp_path / "before", final))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-# ---------------------------------------------------------------------------------------- signals, terminals
 
 
 def stop_amid(epoch, *signums, pause=0.0):
@@ -130,16 +120,6 @@ def under_nohup():
 def test_run_under_nohup_goes_on_in_silence(tmp_path):
     output = finish("pretrain_bns", tmp_path, "--epochs", 3, prepare=under_nohup)
     assert "epoch 1" not in output and load_checkpoint(final_file(PRETRAIN, tmp_path))["epoch"] == 2
-
-
-@pytest.mark.slow
-def test_run_whose_output_the_shell_has_closed_goes_on(tmp_path):
-    flags = [*TINY, "--epochs", "1", "--batch_size", "256", "--output_dir", str(tmp_path)]
-    command = f"{sys.executable} main_cifar10_pretrain_bns.py {' '.join(flags)} >&- 2>&-"
-    assert subprocess.run(command, shell=True, cwd=ROOT).returncode == 0 and final_file(PRETRAIN, tmp_path).exists()
-
-
-# ---------------------------------------------------------------------------------------- other files, other flags
 
 
 @pytest.mark.parametrize("source, target, flag", [(PRETRAIN, FINETUNE, "--resume"), (LINEPROB, PRETRAIN, "--resume"),
