@@ -109,16 +109,10 @@ def test_views_follow_from_the_generator(augment):
     assert torch.equal(images, random_images(1).repeat(90, 1, 1, 1))
 
 
-@pytest.mark.parametrize("augment", AUGMENTS)
-def test_images_that_are_not_bytes_are_refused(augment):
-    with pytest.raises(TypeError):
-        augment(random_images(3) / 255, generator())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("augment, tolerance", [(AUGMENTS[0], 1e-4), (AUGMENTS[2], 1.01 / 255)])
 def test_cuda_gives_the_views_of_the_cpu_without_synchronising(augment, tolerance):
-    images = random_images(1024)
+    images = random_images(300)
     on_device = images.cuda()
     augment(on_device, generator())  # libraries that load on the first call may synchronise
     torch.cuda.set_sync_debug_mode("error")

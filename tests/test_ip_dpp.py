@@ -15,6 +15,7 @@ from util.ip_dpp import (
     draw_subset,
     exchange_chain,
     inclusion_probabilities,
+    likelihood_kernel,
     sample_k_dpp,
     true_label_log_probabilities,
 )
@@ -102,6 +103,14 @@ def test_a_large_class(kernel):
     assert abs(inclusion.sum() - 500) < 1e-6
     assert abs(spread(samples, inclusion) - 1) < 5 * np.sqrt(2 / 5000)  # 5000 terms of variance about 2
     assert (np.ptp(inclusion) > 0.3) == (kernel == "paper")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_likelihood_kernel_equals_the_formula(regime, kernel):
+    log_p = REGIMES[regime](np.random.default_rng(0), 40)
+    expected = kernel_by_hand(log_p, kernel)
+    np.testing.assert_allclose(likelihood_kernel(log_p, kernel), expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-200, 1e-310])
@@ -194,8 +203,7 @@ def test_large_classes_are_cut_and_the_others_stay_whole(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_seed_redraw_and_class_alone_determine_a_draw(sampler):
-    log_p = np.tile(np.log(np.random.default_rng(1).random(40)), 2)
-    targets = np.repeat([0, 1], 40)
+    log_p, targets = np.log(np.random.default_rng(1).random(80)), np.repeat([0, 1], 40)
 
     def drawn(*seed, classes=(0, 1)):
         rows = np.isin(targets, classes)
