@@ -67,11 +67,6 @@ def few_images(monkeypatch):
     monkeypatch.setattr(ToyCIFAR, "__init__", draw_few)
 
 
-@pytest.fixture
-def no_pictures():
-    """Nothing more: TensorBoard shows no pictures of evaluations."""
-
-
 def load(script):
     """The module of a script; `script` may be it already."""
     return importlib.import_module(script) if isinstance(script, str) else script

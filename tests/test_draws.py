@@ -45,7 +45,7 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["paper", "published"])
-def test_epochs_train_on_the_last_draw_and_the_log_describes_it(kernel, watched, few_images, no_pictures, tmp_path):
+def test_epochs_train_on_the_last_draw_and_the_log_describes_it(kernel, watched, few_images, tmp_path):
     draws, epochs = watched
     history = run(finetune, tmp_path, "--epochs", 6, "--sampling_freq", 2, "--num_samples", 15, "--batch_size", 20,
                   "--blr", 0.2, "--warmup_epochs", 0, "--ipdpp_kernel", kernel)
