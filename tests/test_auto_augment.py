@@ -95,11 +95,3 @@ def test_parameters_are_distributed_as_the_policy_says():
     columns = torch.column_stack((*p.offset.T, p.flip, p.policy, *p.sign.T, *p.hole.T)).T.double()
     assert columns.corrcoef().fill_diagonal_(0).abs().max() < 5 / 50_000 ** 0.5
     assert p.sign.unique().tolist() == [-1, 1]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("auto", [False, True])
-def test_cuda_gives_the_views_of_the_cpu(auto):
-    images, augment = random_images(1024), CropAugment(32, auto)
-    views = augment(images.cuda(), generator())
-    torch.testing.assert_close(views.cpu(), augment(images, generator()), atol=1.01 / 255, rtol=0)
