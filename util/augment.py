@@ -101,18 +101,9 @@ class SimCLRAugment:
         jitter_strength: s in [0, 2.5]; brightness, contrast and saturation factors are uniform in
             [max(0, 1 - 0.8 s), 1 + 0.8 s], the hue shift in [-0.2 s, 0.2 s].
         min_crop: area of the smallest crop as a share of the image, in (0, 1].
-
-    Raises:
-        ValueError: an argument is out of its range.
     """
 
     def __init__(self, size: int = 32, jitter_strength: float = 1.0, min_crop: float = 0.08):
-        if size < 2:
-            raise ValueError(f"size is {size}, expected at least 2 pixels")
-        if not 0 <= jitter_strength <= 2.5:
-            raise ValueError(f"jitter_strength is {jitter_strength}, expected 0 to 2.5 (a hue shift of up to 0.5)")
-        if not 0 < min_crop <= 1:
-            raise ValueError(f"min_crop is {min_crop}, expected above 0 and at most 1")
         self.size, self.min_crop = size, min_crop
         low, high, hue = max(0, 1 - 0.8 * jitter_strength), 1 + 0.8 * jitter_strength, 0.2 * jitter_strength
         self.factor_low, self.factor_high = torch.tensor([[low] * 3 + [-hue], [high] * 3 + [hue]])

@@ -26,20 +26,12 @@ class BNSLoss(nn.Module):
         form: "published", the loss of the authors' code, or "eq12", equation 12 of the paper.
         num_extra_positives: >= 0, the m of equation 12: how many other images of its label are anchors of an image.
             They are the next ones in the batch, cyclically: random in a random batch, without a random state.
-
-    Raises:
-        ValueError: an argument is out of its range.
     """
 
     def __init__(self, temperature: float = 0.5, form: str = "published", num_extra_positives: int = 4):
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, expected a number above 0")
-        if form not in ("published", "eq12"):
-            raise ValueError(f"form is {form!r}, expected 'published' or 'eq12'")
-        if num_extra_positives < 0:
-            raise ValueError(f"num_extra_positives is {num_extra_positives}, expected 0 or more")
-        self.temperature, self.form, self.num_extra_positives = temperature, form, num_extra_positives
+        self.temperature, self.num_extra_positives = temperature, num_extra_positives
+        self.loss = {"published": self._published, "eq12": self._eq12}[form]
 
     def forward(self, emb_i: Tensor, emb_j: Tensor, labels: Tensor) -> Tensor:
         """Loss of a batch, or of the equally large batches of all processes together.
@@ -66,7 +58,7 @@ class BNSLoss(nn.Module):
             views = torch.stack((emb_i, emb_j))
             views = gather_rows(F.normalize(views.to(torch.promote_types(views.dtype, torch.float32)), dim=-1))
             labels = gather_rows(labels[None])[0]
-            return (self._published if self.form == "published" else self._eq12)(*views, labels)
+            return self.loss(*views, labels)
 
     def _published(self, z_i: Tensor, z_j: Tensor, labels: Tensor) -> Tensor:
         z, labels = torch.cat((z_i, z_j)), labels.repeat(2)

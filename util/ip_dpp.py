@@ -37,11 +37,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-KERNELS = ("paper", "published")
 SAMPLERS = ("exact", "mcmc", "uniform")
 
 
-def _check(log_p, k, kernel):
+def _check(log_p, k):
     """Check the arguments; return log_p as a float64 array."""
     log_p = np.asarray(log_p, dtype=np.float64)
     if log_p.ndim != 1 or not log_p.size:
@@ -50,15 +49,13 @@ def _check(log_p, k, kernel):
         raise ValueError("log_p must hold log probabilities, at most 0 and not NaN")
     if not isinstance(k, (int, np.integer)) or not 0 <= k <= len(log_p):
         raise ValueError(f"k must be an integer from 0 to N = {len(log_p)}, got {k!r}")
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
     return log_p
 
 
 def _diagonal_plus_rank_one(log_p, kernel):
     """(d, w, s, c) of the module's docstring; d and w have shape (N,)."""
     p, e = np.exp(log_p), -np.expm1(log_p)
-    c = 1 if kernel == "paper" else len(p)
+    c = {"paper": 1, "published": len(p)}[kernel]
     s = c - 1 + e.max()
     d = (c - 1 + e) / s + np.mean(e / s) * p if s > 0 else np.ones_like(p)
     return d, p**2 / (len(p) * d), s, c
@@ -94,7 +91,7 @@ def sample_k_dpp(log_p, k, rng, kernel="paper"):
     Raises:
         ValueError: naming the argument that is out of its range.
     """
-    log_p = _check(log_p, k, kernel)
+    log_p = _check(log_p, k)
     n = len(log_p)
     if k in (0, n):
         return np.arange(k, dtype=np.int64)
@@ -119,7 +116,7 @@ def inclusion_probabilities(log_p, k, kernel="paper"):
     r_i at q_i = 1/2. It is large enough for an error below 1e-19, counting both the aliases k +- points and the angles
     that are left out (Bernstein's inequality; |phi| <= exp(-var (1 - cos))).
     """
-    log_p = _check(log_p, k, kernel)
+    log_p = _check(log_p, k)
     n = len(log_p)
     if k in (0, n):
         return np.full(n, k / n)
@@ -143,7 +140,7 @@ def inclusion_probabilities(log_p, k, kernel="paper"):
 
 def likelihood_kernel(log_p, kernel="paper"):
     """The matrix S itself, (N, N) float64: symmetric, positive semidefinite, rows summing to 1. For small N."""
-    log_p = _check(log_p, 0, kernel)
+    log_p = _check(log_p, 0)
     d, _, s, c = _diagonal_plus_rank_one(log_p, kernel)
     p = np.exp(log_p)
     return np.outer(p, p) / (c * len(p)) + np.diag(d * s / c)
@@ -155,9 +152,7 @@ def exchange_chain(log_p, k, rng, kernel="paper", steps=1000):
     It builds the N x N kernel, and mixes in about 2 k log k steps. Other arguments and errors: `sample_k_dpp`.
     Also raises FloatingPointError if the determinants leave float64's range (k of several thousand).
     """
-    log_p = _check(log_p, k, kernel)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    log_p = _check(log_p, k)
     start = rng.choice(len(log_p), size=k, replace=False)
     if k in (0, len(log_p)) or not np.any(log_p):  # no exchange to make, or every exchange as good as any other
         return start

@@ -61,12 +61,10 @@ class ToyCIFAR:
     `data` uint8 (N, 32, 32, 3), `targets` list of N ints, `class_counts` int64 (num_classes,), `classes` their names.
     The largest training class has 500 or 100 images, so that factor 100 leaves the smallest 5 or 1; `shot_thresholds`
     shrink with it, which keeps CIFAR's groups. The test set has 100 or 20 images per class. Nothing varies by run.
-    Raises UserError for a bad factor, ValueError for another number of classes.
+    Raises UserError for a bad factor.
     """
 
     def __init__(self, num_classes, imbalanced_factor=100.0, train=True):
-        if num_classes not in (10, 100):
-            raise ValueError(f"num_classes must be 10 or 100, not {num_classes}")
         n_max, n_test, self.shot_thresholds = (500, 100, (50, 20)) if num_classes == 10 else (100, 20, (20, 4))
         self.num_classes = num_classes
         counts = long_tailed_counts(num_classes, n_max, imbalanced_factor)

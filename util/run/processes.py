@@ -3,7 +3,6 @@ import ctypes
 import functools
 import os
 import platform
-import resource
 
 import torch
 import torch.distributed as dist
@@ -115,10 +114,8 @@ def set_precision(args, device):
 
 
 def peak_memory(device):
-    """The most memory used so far, in GiB: of the CUDA device, or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """The most memory of a CUDA device that was used so far, in GiB; None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def keep_freed_memory():
