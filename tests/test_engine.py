@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FINETUNE, LINEPROB, PRETRAIN, final_file, one_of, run
 
-from engine import predict
+from engine import predict, warm_up_then_cosine
 from models import BNSNetwork, Classifier, create_encoder
 from util.augment import SimCLRAugment
 from util.batches import DeviceLoader, EpochBatches, to_device
@@ -55,6 +55,17 @@ def plain_training(model, epochs, loss_of, lr, accum_iter, sgd):
         means.append(torch.stack(losses).mean().item())
         rates.append(rate)
     return means, rates
+
+
+def test_the_warm_up_of_a_short_run_takes_a_fifth_of_it():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    scheduler = warm_up_then_cosine(optimizer, 10, 20, min_lr=0.1, updates_per_epoch=4)
+    rates = []
+    for update in range(40):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    cosine = [0.3 + 0.2 * math.cos(math.pi * update / 32) for update in range(32)]
+    assert rates == pytest.approx([0.5 * update / 8 for update in range(8)] + cosine)
 
 
 @pytest.mark.slow
