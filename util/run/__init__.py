@@ -54,7 +54,7 @@ class Run:
             self.log.close()
         if self.folder:
             self.folder.release()
-        if error is None or self.stopping:  # after another error, the others may not come to this
+        if error is None or self.stopping:  # after an error, the other processes may not come to this
             self.processes.end()
 
     def say(self, text):
@@ -159,9 +159,10 @@ class Run:
         args, final = self.args, self.folder.final
         if self.stopping:
             self.say(f"stopped after epoch {self.last_epoch}; add --resume auto to the command to go on from there")
-            raise SystemExit(128 + (self.stop.signum or 15))
-        # A finished run keeps its file, which says by which flags it was trained.
+            raise SystemExit(128 + (self.stop.signum or 15))  # 15: the signal came to another process
+        # A run that had been finished before keeps its file, which says by which flags it was trained.
         if self.start_epoch < args.epochs or not self.processes.from_first(final.exists):
             self.processes.from_first(lambda: save_checkpoint(self._state(), final))
-        self.say(f"wrote {final}, {self.log.path} and TensorBoard events in {args.log_dir or args.output_dir}")
+        self.say(f"finished after epoch {self.last_epoch}: weights in {final}, figures in {self.log.path}, "
+                 f"TensorBoard events in {args.log_dir or args.output_dir}")
         return self.history

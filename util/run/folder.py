@@ -37,8 +37,8 @@ class Folder:
 
         Args:
             log_dir: TensorBoard's folder, Path. `overwrite` deletes the events in it if it is this folder.
-            auto: whether a run that lies here may be continued.
-            overwrite: whether it may be deleted.
+            auto: whether a run may lie here, as with --resume auto.
+            overwrite: whether it is to be deleted.
             source: Path of the checkpoint that the run starts from, or None.
 
         Raises:

@@ -116,7 +116,7 @@ GROUPS = {
         "--deterministic": dict(ON, help="on CUDA, repeat a run bit for bit, at some cost of speed"),
     },
 }
-# Nothing learned depends on these: they may change without a word when a run continues.
+# These may change without a word when a run continues.
 RUN_FLAGS = {names.split()[0].strip("-") for names in GROUPS["run"]} | {"data_root", "given"}
 
 

@@ -66,7 +66,7 @@ def begin_from(run, model, optimizer):
     (flag, path), = files
     checkpoint = load_checkpoint(path, flag)
     if flag == "--resume" and stage_of(checkpoint) == args.stage:
-        _continue(run, checkpoint, f"{flag} {path}", model, optimizer)
+        _continue(run, checkpoint, path, model, optimizer)
     else:
         load_encoder(model.enc, checkpoint, f"{flag} {path}")
         run.say(f"starting from the encoder of {path}")
@@ -77,31 +77,31 @@ def _continue_newest(run, path, model, optimizer):
     try:
         checkpoint = load_checkpoint(path, "--resume auto:")
     except UserError as error:
-        raise UserError(f"{error}; delete it to go on from the one before") from error
+        raise UserError(f"{error}; if it is damaged, delete it to go on from the one before") from error
     if stage_of(checkpoint) != run.args.stage:
         raise UserError(f"--output_dir: {path} is of stage {stage_of(checkpoint)}, expected one of {run.args.stage}")
-    _continue(run, checkpoint, f"--resume {path}", model, optimizer)
+    _continue(run, checkpoint, path, model, optimizer)
     return path
 
 
-def _continue(run, checkpoint, source, model, optimizer):
-    """Continue the run of a checkpoint. All but MUST_STAY may change; flags not of the run itself change aloud."""
+def _continue(run, checkpoint, path, model, optimizer):
+    """Continue the run of a checkpoint. All but MUST_STAY may change, and all but RUN_FLAGS change aloud."""
     args, trained = run.args, checkpoint["args"]
     changed = {name for name, value in vars(args).items() if trained.get(name, value) != value} - RUN_FLAGS
     for name in sorted(changed):
         if name in MUST_STAY:
-            raise UserError(f"{source} was trained with --{name} {trained[name]}, found --{name} "
+            raise UserError(f"--resume {path} was trained with --{name} {trained[name]}, found --{name} "
                             f"{getattr(args, name)}; expected the same; --encoder starts a new run from it")
         run.say(f"--{name}: {trained[name]} in the checkpoint, {getattr(args, name)} from here on")
-    load_weights(model, checkpoint["model"], source)
+    load_weights(model, checkpoint["model"], f"--resume {path}")
     if "optimizer" in checkpoint:  # its moments; learning rate and weight decay stay what the flags say
         state = {**checkpoint["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]}
         optimizer.load_state_dict(state)
     else:
-        run.say(f"{source} holds no state of the optimiser, which starts afresh")
+        run.say(f"{path} holds no state of the optimiser, which starts afresh")
     if run.scaler.is_enabled() and checkpoint.get("scaler"):
         run.scaler.load_state_dict(checkpoint["scaler"])
     run.start_epoch = checkpoint.get("epoch", -1) + 1
     run.history = checkpoint.get("history", [])
     run.subset = None if changed & DRAWN_BY else checkpoint.get("subset")
-    run.say(f"continuing {source.partition(' ')[2]} in epoch {run.start_epoch}")
+    run.say(f"continuing {path} in epoch {run.start_epoch}")
