@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Both stages, probing and evaluation on toy images, beside plain cross-entropy training that sees as many images.
 #     bash demo.sh                     SEED=1 bash demo.sh --device cpu   (flags go to every script and win over its own)
-# A tiny ResNet, weak colour jitter and a low temperature let it learn something within minutes on two CPU cores.
+# A tiny ResNet, weak colour jitter, large crops and a low temperature let it learn something within minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")"
 out=output_dir/demo
 mkdir -p $out
-common=(--toy_data --model test_resnet --jitter_strength 0.25 --save_freq 1000 --seed "${SEED:-0}")
+common=(--toy_data --model test_resnet --jitter_strength 0.25 --min_crop 0.3 --save_freq 1000 --seed "${SEED:-0}")
 given=("$@")
 for flag in "$@"; do
     case $flag in --output_dir*|--log_dir*|--resume*|--eval|--eval=*|--overwrite|-h|--help|--seed|--seed=*)
