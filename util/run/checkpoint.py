@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from timm.models import clean_state_dict
 
@@ -69,12 +68,11 @@ def load_checkpoint(path, flag="--resume"):
     if not isinstance(model, dict):
         raise UserError(f"{flag} {path}: holds no entry 'model', expected a checkpoint of this project or the authors")
     args = checkpoint.get("args")
-    if isinstance(args, argparse.Namespace):  # the authors'
-        args = vars(args)
-    args = {name: value for name, value in (args or {}).items() if name != "model" or timm.is_model(str(value))}
+    if isinstance(args, argparse.Namespace):  # the authors', who name their networks in another way
+        args = {name: value for name, value in vars(args).items() if name != "model"}
     model = {re.sub(r"^(enc\.layer\d+\.\d+\.)shortcut\.", r"\1downsample.", name): value
              for name, value in clean_state_dict(model).items()}
-    return {**checkpoint, "model": model, "args": args}
+    return {**checkpoint, "model": model, "args": args if isinstance(args, dict) else {}}
 
 
 def stage_of(checkpoint):
