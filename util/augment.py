@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from util.auto_augment import CropAugment, check_bytes
+from util.auto_augment import CropAugment, check_bytes, move
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 CPU_CHUNK = 128  # images of 32 x 32 whose intermediate results stay in a core's cache
@@ -141,8 +141,7 @@ class SimCLRAugment:
         packed = torch.cat(fields, dim=1)[..., None, None]
         index_lists = [i.nonzero()[:, 0] for i in (*(is_hue & p.jitter[:, None]).T, p.grayscale)]
         indices = torch.cat(index_lists)
-        if images.is_cuda:  # two transfers in all, for which nothing waits
-            packed, indices = (t.pin_memory().to(images.device, non_blocking=True) for t in (packed, indices))
+        packed, indices = move(packed, images.device), move(indices, images.device)  # the only transfers
         *hue_images, gray_images = indices.split([len(i) for i in index_lists])
         # `blends` are the columns of scale, then of gray_weight and mean_weight; [i::3] are those of the i-th part.
         starts, lengths, flips, hue_shift, sigma, *blends = packed.split([2] * 3 + [1] * 11, dim=1)
