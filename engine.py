@@ -47,11 +47,11 @@ def load_data(run):
     return train_set, test_set
 
 
-def warm_up_then_cosine(optimizer, epochs, warmup_epochs, min_lr, updates_per_epoch):
+def warm_up_then_cosine(optimizer, epochs, warmup_epochs, min_lr, steps):
     """A scheduler that raises each learning rate linearly from 0 to its own, then lowers it along half a cosine.
 
-    Call `step_update(number)` before each update, numbered from 0 over the whole run. The rate is its own after
-    `warmup_epochs` and `min_lr` after `epochs`. Where no epoch would remain, the warm-up takes a fifth of them.
+    Call `step_update(number)` before each step, numbered from 0 over the whole run; an epoch has `steps`. The rate is
+    its own after `warmup_epochs` and `min_lr` after `epochs`. Where no epoch would remain, the warm-up takes a fifth.
 
     timm counts the warm-up's epochs twice unless it is told that they come before the cosine (`warmup_prefix`), which
     then has the epochs that remain.
@@ -60,7 +60,7 @@ def warm_up_then_cosine(optimizer, epochs, warmup_epochs, min_lr, updates_per_ep
         warmup_epochs = epochs // 5
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=epochs - warmup_epochs, min_lr=min_lr, warmup_epochs=warmup_epochs, warmup_lr=0,
-        warmup_prefix=True, step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+        warmup_prefix=True, step_on_epochs=False, updates_per_epoch=steps)
     return scheduler
 
 
@@ -71,36 +71,31 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
         network: called with all views of a step.
         criterion: (projections of the first view, of the second, labels) or (logits, labels) -> scalar loss.
         batches: yields (views, labels); has a length.
-        scheduler: timm's, set at every update.
+        scheduler: timm's, set at every step.
 
     Returns:
-        dict for log.txt: `train_loss`, the mean over the steps; `train_lr`, of the last update; `train_images`.
+        dict for log.txt: `train_loss`, the mean over the steps; `train_lr`, of the last step; `train_images`.
     """
     network.train()
     losses, rates, norms = [], [], []
-    steps, accum_iter, num_images, began = len(batches), run.args.accum_iter, 0, time.monotonic()
+    steps, num_images, began = len(batches), 0, time.monotonic()
     for step, (views, labels) in enumerate(batches):
-        update, step_in_update = divmod(step, accum_iter)
-        steps_in_update = min(accum_iter, steps - update * accum_iter)
-        updates_now = step_in_update + 1 == steps_in_update
-        if step_in_update == 0:
-            scheduler.step_update(epoch * run.updates_per_epoch(steps) + update)
-            optimizer.zero_grad(set_to_none=True)
+        scheduler.step_update(epoch * steps + step)
+        optimizer.zero_grad(set_to_none=True)
         with run.autocast():
             outputs = network(*views)
         loss = criterion(*outputs, labels) if isinstance(outputs, tuple) else criterion(outputs, labels)
-        run.scaler.scale(loss / steps_in_update).backward()
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(optimizer)
+        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        norms.append(get_total_norm(gradients))
+        run.scaler.step(optimizer)
+        run.scaler.update()
         losses.append(loss.detach())
+        rates.append(optimizer.param_groups[0]["lr"])
         num_images += len(labels)
         if run.progress.due():
             run.progress.show(f"epoch {epoch}  step {step + 1}/{steps}  loss {loss.item():.4f}")
-        if updates_now:
-            run.scaler.unscale_(optimizer)
-            gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-            norms.append(get_total_norm(gradients))
-            rates.append(optimizer.param_groups[0]["lr"])
-            run.scaler.step(optimizer)
-            run.scaler.update()
     if run.processes.world_size > 1:  # all take the first process's batch-norm statistics, which are those saved
         distribute_bn(run.model, run.processes.world_size)
     curves = {"train_loss": run.processes.mean(torch.stack(losses)), "lr": torch.tensor(rates),

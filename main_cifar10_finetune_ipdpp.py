@@ -40,8 +40,8 @@ def get_args_parser():
         model="resnet18", loss="cross_entropy", logit_adjustment=1.0,
         # draws: at most 500 images per class; new ones before epochs 9, 19, ..., 89
         num_samples=500, sampling_freq=10, ipdpp_sampler="exact", ipdpp_kernel="paper", mcmc_steps=1000,
-        # optimisation: AdamW (or SGD), linear warm-up to blr * (images per update) / 256, then half a cosine
-        epochs=100, batch_size=64, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=5, weight_decay=0.05,
+        # optimisation: AdamW (or SGD), linear warm-up to blr * (images per step) / 256, then half a cosine
+        epochs=100, batch_size=64, blr=1e-3, min_lr=0.0, warmup_epochs=5, weight_decay=0.05,
         opt="adamw", amp="auto", seed=42,
         # run
         output_dir="./output_dir/cifar10/finetune_ipdpp_cifar10", eval_freq=1, save_freq=10, keep_checkpoints=3,
@@ -76,12 +76,11 @@ def finetune(args, run):
     loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed)
     steps = loader.steps(counts.sum())
 
-    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
-    lr = args.lr or args.blr * run.images_per_update(counts.sum()) / 256
+    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every step.
+    lr = args.lr or args.blr * args.batch_size * run.processes.world_size / 256
     groups = param_groups_weight_decay(model, args.weight_decay)  # weights decay, biases and norms do not
     optimizer = create_optimizer_v2(groups, args.opt, lr, momentum=0.9, betas=(0.9, 0.95), fused=True)
-    scheduler = warm_up_then_cosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr,
-                                    run.updates_per_epoch(steps))
+    scheduler = warm_up_then_cosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr, steps)
 
     network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
     subset = torch.arange(len(train_set)) if args.ipdpp_sampler == "none" else run.subset

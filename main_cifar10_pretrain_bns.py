@@ -31,8 +31,8 @@ def get_args_parser():
         min_crop=0.08, jitter_strength=2.0,
         # model and loss: that of the published code, or "eq12" with m = num_extra_positives
         model="resnet18", embed_dim=128, temperature=0.5, bns_form="published", num_extra_positives=4,
-        # optimisation: AdamW (or SGD), linear warm-up to blr * (images per update) / 256, then half a cosine
-        epochs=1000, batch_size=1024, accum_iter=1, blr=1e-3, min_lr=0.0, warmup_epochs=20, weight_decay=0.05,
+        # optimisation: AdamW (or SGD), linear warm-up to blr * (images per step) / 256, then half a cosine
+        epochs=1000, batch_size=1024, blr=1e-3, min_lr=0.0, warmup_epochs=20, weight_decay=0.05,
         opt="adamw", amp="auto", seed=0,
         # run
         output_dir="./output_dir/cifar10/pretrain_bns_cifar10", eval_freq=25, save_freq=50, keep_checkpoints=3,
@@ -64,13 +64,11 @@ def pretrain(args, run):
     all_indices = torch.arange(len(train_set))
     steps = loader.steps(len(all_indices))
 
-    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every update.
-    images_of_epoch = steps * args.batch_size * run.processes.world_size
-    lr = args.lr or args.blr * run.images_per_update(images_of_epoch) / 256
+    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every step.
+    lr = args.lr or args.blr * args.batch_size * run.processes.world_size / 256
     groups = param_groups_weight_decay(model, args.weight_decay)  # weights decay, biases and norms do not
     optimizer = create_optimizer_v2(groups, args.opt, lr, momentum=0.9, betas=(0.9, 0.95), fused=True)
-    scheduler = warm_up_then_cosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr,
-                                    run.updates_per_epoch(steps))
+    scheduler = warm_up_then_cosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr, steps)
 
     network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
     if run.start_epoch == 0:

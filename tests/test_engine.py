@@ -31,7 +31,7 @@ def plain_lr(t, lr, epochs):
     return lr * t if t < 1 else MIN_LR + (lr - MIN_LR) * (1 + math.cos(math.pi * (t - 1) / (epochs - 1))) / 2
 
 
-def plain_training(model, epochs, loss_of, lr, accum_iter, sgd):
+def plain_training(model, epochs, loss_of, lr, sgd):
     """Mean loss and last learning rate of each epoch; `epochs` holds for each a list of batches for `loss_of`."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
@@ -41,16 +41,14 @@ def plain_training(model, epochs, loss_of, lr, accum_iter, sgd):
         optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
     means, rates = [], []
     for epoch, batches in enumerate(epochs):
-        updates = [batches[i:i + accum_iter] for i in range(0, len(batches), accum_iter)]
         losses = []
-        for i, update in enumerate(updates):
-            rate = plain_lr(epoch + i / len(updates), lr, len(epochs))
+        for i, batch in enumerate(batches):
+            rate = plain_lr(epoch + i / len(batches), lr, len(epochs))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            for batch in update:
-                losses.append(loss_of(*batch))
-                (losses[-1] / len(update)).backward()
+            losses.append(loss_of(*batch))
+            losses[-1].backward()
             optimizer.step()
         means.append(torch.stack(losses).mean().item())
         rates.append(rate)
@@ -59,7 +57,7 @@ def plain_training(model, epochs, loss_of, lr, accum_iter, sgd):
 
 def test_the_warm_up_of_a_short_run_takes_a_fifth_of_it():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    scheduler = warm_up_then_cosine(optimizer, 10, 20, min_lr=0.1, updates_per_epoch=4)
+    scheduler = warm_up_then_cosine(optimizer, 10, 20, min_lr=0.1, steps=4)
     rates = []
     for update in range(40):
         scheduler.step_update(update)
@@ -69,13 +67,13 @@ def test_the_warm_up_of_a_short_run_takes_a_fifth_of_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, accum_iter, flags", [
-    (PRETRAIN, 1, []), (PRETRAIN, 2, []), (FINETUNE, 1, ["--ipdpp_sampler", "none"]),
-    (FINETUNE, 1, ["--num_samples", 10, "--loss", "logit_adjusted"]), (LINEPROB, 2, ["--num_samples", 10]),
-    (LINEPROB, 1, ["--num_samples", 10, "--opt", "sgd"])])
-def test_training_equals_a_plainly_written_loop(script, accum_iter, flags, tmp_path):
+@pytest.mark.parametrize("script, flags", [
+    (PRETRAIN, []), (FINETUNE, ["--ipdpp_sampler", "none"]),
+    (FINETUNE, ["--num_samples", 10, "--loss", "logit_adjusted"]), (LINEPROB, ["--num_samples", 10]),
+    (LINEPROB, ["--num_samples", 10, "--opt", "sgd"])])
+def test_training_equals_a_plainly_written_loop(script, flags, tmp_path):
     history = run(script, tmp_path, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 32, "--blr", 1e-3,
-                  "--min_lr", MIN_LR, "--accum_iter", accum_iter, "--weight_decay", WEIGHT_DECAY, *flags)
+                  "--min_lr", MIN_LR, "--weight_decay", WEIGHT_DECAY, *flags)
     trained = load_checkpoint(final_file(script, tmp_path))
 
     train_set, stage_1 = ToyCIFAR(10), script == PRETRAIN
@@ -96,8 +94,8 @@ def test_training_equals_a_plainly_written_loop(script, accum_iter, flags, tmp_p
     def loss_of(views, labels):
         return BNSLoss()(*model(*views), labels) if stage_1 else F.cross_entropy(model(*views) + prior, labels)
 
-    lr = 1e-3 * min(32 * accum_iter, images) / 256
-    losses, rates = plain_training(model, epochs, loss_of, lr, accum_iter, sgd="sgd" in flags)
+    lr = 1e-3 * 32 / 256
+    losses, rates = plain_training(model, epochs, loss_of, lr, sgd="sgd" in flags)
     assert [record["train_loss"] for record in history] == pytest.approx(losses, abs=1e-5)
     assert [record["train_lr"] for record in history] == pytest.approx(rates, rel=1e-6)
     assert [record["train_images"] for record in history] == [images] * 2

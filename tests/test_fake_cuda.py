@@ -156,9 +156,9 @@ def fake_cuda(monkeypatch, few_images):
 
 
 @pytest.mark.parametrize("script, amp, flags", [
-    (PRETRAIN, "bfloat16", ["--eval_freq", 1]), (PRETRAIN, "float16", ["--bns_form", "eq12", "--accum_iter", 2]),
+    (PRETRAIN, "bfloat16", ["--eval_freq", 1]), (PRETRAIN, "float16", ["--bns_form", "eq12"]),
     (LINEPROB, "none", ["--augment", "crop"]), (FINETUNE, "bfloat16", ["--augment", "auto"]),
-    (FINETUNE, "float16", ["--sampling_freq", 1]), (FINETUNE, "none", ["--ipdpp_sampler", "none", "--accum_iter", 2]),
+    (FINETUNE, "float16", ["--sampling_freq", 1]), (FINETUNE, "none", ["--ipdpp_sampler", "none"]),
     (FINETUNE, "bfloat16", ["--loss", "logit_adjusted", "--ipdpp_sampler", "uniform"])])
 def test_no_tensor_is_on_the_wrong_device_and_no_step_waits(script, flags, amp, fake_cuda, tmp_path):
     """In a run of two epochs, one more when it goes on, and --eval."""

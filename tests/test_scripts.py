@@ -51,7 +51,7 @@ def test_every_command_of_the_readme_parses_and_the_authors_are_among_them():
 
 # The paper's recipe: the flags that all scripts share, then those of each.
 SHARED = {"imbalanced_factor": 100, "input_size": 32, "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0,
-          "accum_iter": 1, "resume": None, "toy_data": False, "amp": "auto", "device": "auto"}
+          "resume": None, "toy_data": False, "amp": "auto", "device": "auto"}
 OF_STAGE = {"pretrain_bns": {"epochs": 1000, "embed_dim": 128, "temperature": 0.5, "bns_form": "published"},
             "lineprob_bns": {"epochs": 100, "batch_size": 64, "logit_adjustment": 1},
             "finetune_ipdpp": {"epochs": 100, "batch_size": 64, "logit_adjustment": 1, "loss": "cross_entropy",

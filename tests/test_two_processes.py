@@ -34,10 +34,9 @@ def note_batches(folder, compiles):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, images, accum_iter, compiles", [("pretrain_bns", 40, 1, False),
-                                                                 ("finetune_ipdpp", 20, 2, True)])
-def test_two_processes_train_as_worked_out_by_hand(stage, images, accum_iter, compiles, tmp_path):
-    flags = [*FLAGS, "--batch_size", images // 2, "--accum_iter", accum_iter, *["--compile"] * compiles]
+@pytest.mark.parametrize("stage, images, compiles", [("pretrain_bns", 40, False), ("finetune_ipdpp", 20, True)])
+def test_two_processes_train_as_worked_out_by_hand(stage, images, compiles, tmp_path):
+    flags = [*FLAGS, "--batch_size", images // 2, *["--compile"] * compiles]
     outputs(*pair(stage, tmp_path / "run", *flags, prepare=functools.partial(note_batches, tmp_path, compiles)))
     trained = load_checkpoint(tmp_path / "run" / f"{stage}_cifar10_if100.pth")
     history = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
@@ -62,8 +61,8 @@ def test_two_processes_train_as_worked_out_by_hand(stage, images, accum_iter, co
             return BNSLoss()(*map(torch.cat, zip(one, two, strict=True)), torch.cat((first_labels, second_labels)))
         return (F.cross_entropy(one, first_labels) + F.cross_entropy(two, second_labels)) / 2
 
-    lr = 0.02 * images * accum_iter / 256
-    losses, rates = plain_training(model, epochs, loss_of, lr, accum_iter, sgd=True)
+    lr = 0.02 * images / 256
+    losses, rates = plain_training(model, epochs, loss_of, lr, sgd=True)
     assert [record["train_loss"] for record in history] == pytest.approx(losses, abs=1e-4)
     assert [record["train_lr"] for record in history] == pytest.approx(rates, rel=1e-6)
     assert [record["train_images"] for record in history] == [

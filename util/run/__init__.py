@@ -61,14 +61,6 @@ class Run:
         if self.processes.first:
             log.say(text)
 
-    def images_per_update(self, num_images):
-        """Images of all processes that make an update of the weights; in an epoch of `num_images`, at most as many."""
-        return min(self.args.batch_size * self.processes.world_size * self.args.accum_iter, int(num_images))
-
-    def updates_per_epoch(self, steps):
-        """Updates of the weights in an epoch of `steps`."""
-        return math.ceil(steps / self.args.accum_iter)
-
     def begin(self, model, optimizer, steps):
         """Load what --resume or --encoder names, claim the output folder, open the logs. Returns the network to train.
 

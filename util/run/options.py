@@ -85,11 +85,10 @@ GROUPS = {
     "optimisation": {
         "--epochs": dict(type=AT_LEAST_1, help="passes over the training images, or those drawn"),
         "--batch_size": dict(type=AT_LEAST_2, help="images per process and step; batch norm needs two"),
-        "--accum_iter": dict(type=AT_LEAST_1, help="steps whose gradients make one update"),
         "--opt": dict(choices=["adamw", "sgd"], help="optimiser; sgd: with Nesterov momentum of 0.9"),
         "--weight_decay": dict(type=NOT_NEGATIVE, help="on weights only: not on biases and norms"),
-        "--lr": dict(type=POSITIVE, help="learning rate; unset, --blr * (images per update) / 256"),
-        "--blr": dict(type=POSITIVE, help="learning rate per 256 images of an update"),
+        "--lr": dict(type=POSITIVE, help="learning rate; unset, --blr * (images per step, of all processes) / 256"),
+        "--blr": dict(type=POSITIVE, help="learning rate per 256 images of a step"),
         "--min_lr": dict(type=NOT_NEGATIVE, help="learning rate at the end"),
         "--warmup_epochs": dict(type=AT_LEAST_0, help="epochs of linear warm-up; where that would be all epochs, a "
                                 "fifth of --epochs instead"),
