@@ -34,12 +34,12 @@ UNIFORM, ALL = "--ipdpp_sampler uniform", "--ipdpp_sampler none"
 # The field's recipes: that of Cao et al. (arXiv 1906.07413), and the one with AutoAugment and Cutout.
 CROP = "--augment crop --opt sgd --lr 0.1 --weight_decay 2e-4 --batch_size 128"
 STRONG = "--augment auto --opt sgd --lr 0.1 --weight_decay 5e-4 --batch_size 128 --warmup_epochs 5"
-STRONG_STAGE2 = f"{STRONG} --lr 0.1"  # put the rate here that the variants ...-lr<rate> find to be the best
 
 
 def variants(dataset, factor, stage1_epochs):
     """All variants, a dict from name to (number of seeds, own flags). `stage1_epochs`: those of `bns`."""
     epochs = partial(epochs_for, dataset=dataset, factor=factor)
+    numbers = {"cifar10": (100, 200, 1000), "cifar100": (10, 20, 100)}[dataset]
     table = {
         # The paper's two stages, probing, and what they are compared with.
         "bns": (1, ""),
@@ -71,25 +71,25 @@ def variants(dataset, factor, stage1_epochs):
         "bns40": (1, "--epochs 40"),
         "bns40-strong-e90": (2, f"{ALL} {STRONG} --epochs 90"),
     }
-    # Stage 2 by the strong recipe, from three encoders: BNS's, that of plain training, and that of both in turn.
-    strong = ("bns-{}-strong", "strong-{}", "bns_strong-{}")
-    for name in strong:
-        for sampling, flags in ("ipdpp", ""), ("uniform", UNIFORM), ("all", f"{ALL} --epochs {epochs('all')}"):
-            variant = name.format(sampling)
-            table[variant] = 3, f"{STRONG_STAGE2} {flags}"
-            table[f"{variant}-adjusted_loss"] = 3, f"{STRONG_STAGE2} {flags} --loss logit_adjusted"
-    # By both recipes: how many images to keep of a class, at the same number of images seen; and the learning rate.
-    for name in ("bns-{}", *strong):
-        recipe, rates = (STRONG_STAGE2, ("0.003", "0.01", "0.03", "0.1")) if name in strong else (
-            "", ("0.00025", "0.001"))
-        for sampling, flags in ("ipdpp", ""), ("uniform", UNIFORM):
-            for images in {"cifar10": (100, 200, 1000), "cifar100": (10, 20, 100)}[dataset]:
-                fewer = f"--num_samples {images} --epochs {epochs(images)}"
-                table[f"{name.format(sampling)}-n{images}"] = 3, f"{recipe} {fewer} {flags}"
-            for lr in rates:
-                table[f"{name.format(sampling)}-lr{lr}"] = 3, f"{recipe} --lr {lr} {flags}"
+    # How many images to keep of a class, at the same number of images seen; and the learning rate.
+    for sampling, flags in ("ipdpp", ""), ("uniform", UNIFORM):
+        for images in numbers:
+            fewer = f"--num_samples {images} --epochs {epochs(images)}"
+            table[f"bns-{sampling}-n{images}"] = 3, f"{fewer} {flags}"
+        for lr in ("0.00025", "0.001"):
+            table[f"bns-{sampling}-lr{lr}"] = 3, f"--lr {lr} {flags}"
     for lr in ("0.00025", "0.001"):
         table[f"scratch-uniform-lr{lr}"] = 2, f"--lr {lr} {UNIFORM}"
+    # Stage 2 by the strong recipe, from three encoders: BNS's, that of plain training, and that of both in turn.
+    for name in "bns-{}-strong", "strong-{}", "bns_strong-{}":
+        for lr in "0.003", "0.01", "0.03", "0.1":
+            for sampling, flags in ("ipdpp", ""), ("uniform", UNIFORM), ("all", f"{ALL} --epochs {epochs('all')}"):
+                variant, recipe = name.format(sampling), f"{STRONG} --lr 0.1 --lr {lr}"  # the last counts
+                table[f"{variant}-lr{lr}"] = 3, f"{recipe} {flags}"
+                table[f"{variant}-adjusted_loss-lr{lr}"] = 3, f"{recipe} {flags} --loss logit_adjusted"
+                for images in numbers if sampling != "all" else ():
+                    fewer = f"--num_samples {images} --epochs {epochs(images)}"
+                    table[f"{variant}-n{images}-lr{lr}"] = 3, f"{recipe} {fewer} {flags}"
     return table
 
 
