@@ -8,21 +8,17 @@ for CIFAR-10 (Cubuk et al., arXiv 1805.09501) and Cutout (DeVries and Taylor, ar
 and ProCo. Each image has its own random parameters, drawn on the CPU: every device gives the same views. Images that
 get the same operation are changed together. With `auto`, some of torchvision's operations wait for the device.
 """
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy
-from torchvision.transforms.v2 import functional as tv
+from torchvision.transforms import v2
 
-# The 25 sub-policies that Cubuk et al. found on CIFAR-10 (their appendix): two operations each, with probability and
-# level, from 0 to 9, or None for operations without strength.
-POLICY = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
-LEVELS = 9  # the strongest level
-SHIFT = 150 / 331  # at the strongest level, as a share of the side
-SIGNED = ("Brightness", "Color", "Contrast", "Sharpness", "Rotate", "ShearY", "TranslateX", "TranslateY")
+# Cubuk et al. found 25 sub-policies on CIFAR-10 (their appendix): two operations each, with probability and level, from
+# 0 to 9, or None for operations without strength.
+AUTO_AUGMENT = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+POLICY = AUTO_AUGMENT._policies
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # colour of CIFAR-10's training images, which fills the hole of Cutout
 
 
@@ -36,47 +32,18 @@ def move(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def affine(images, translate=(0, 0), shear=0.0):
-    """Shift by (x, y) pixels and shear along y by a slope; what comes from outside is black."""
-    shear = [0.0, math.degrees(math.atan(shear))]
-    return tv.affine(images, angle=0.0, translate=list(translate), scale=1.0, shear=shear, center=[0.0, 0.0])
-
-
 def transform(images, operation, level, sign):
-    """Apply one operation of POLICY to uint8 (N, 3, H, W), as torchvision's AutoAugment defines it.
+    """Apply one operation of POLICY to uint8 (N, 3, H, W). `sign`: 1 or -1, for operations in two directions.
 
-    sign: 1 or -1, for the operations of SIGNED.
+    torchvision's AutoAugment draws once for all images that it is given, so this calls the part of it that draws
+    nothing.
     """
-    strength = (level or 0) / LEVELS
-    signed = sign * strength
-    height, width = images.shape[2:]
-    match operation:
-        case "Invert":
-            return tv.invert(images)
-        case "AutoContrast":
-            return tv.autocontrast(images)
-        case "Equalize":
-            return tv.equalize(images)
-        case "Posterize":
-            return tv.posterize(images, 8 - round(4 * strength))  # bits kept
-        case "Solarize":
-            return tv.solarize(images, 255 * (1 - strength))  # inverts what is brighter
-        case "Brightness":
-            return tv.adjust_brightness(images, 1 + 0.9 * signed)
-        case "Color":
-            return tv.adjust_saturation(images, 1 + 0.9 * signed)
-        case "Contrast":
-            return tv.adjust_contrast(images, 1 + 0.9 * signed)
-        case "Sharpness":
-            return tv.adjust_sharpness(images, 1 + 0.9 * signed)
-        case "Rotate":
-            return tv.rotate(images, 30 * signed)  # degrees
-        case "ShearY":
-            return affine(images, shear=0.3 * signed)
-        case "TranslateX":
-            return affine(images, translate=(int(SHIFT * signed * width), 0))
-        case "TranslateY":
-            return affine(images, translate=(0, int(SHIFT * signed * height)))
+    strengths, in_two_directions = AUTO_AUGMENT._AUGMENTATION_SPACE[operation]
+    strength = 0.0 if level is None else strengths(10, *images.shape[2:])[level].item()
+    if in_two_directions:
+        strength *= sign
+    return AUTO_AUGMENT._apply_image_or_video_transform(
+        images, operation, strength, AUTO_AUGMENT.interpolation, AUTO_AUGMENT._fill)
 
 
 class CropParameters(NamedTuple):
@@ -152,8 +119,7 @@ class CropAugment:
                 zip(p.policy.tolist(), p.happens[:, step].tolist(), p.sign[:, step].tolist(), strict=True)):
             operation, _, level = POLICY[policy][step]
             if happens:
-                key = operation, level, sign if operation in SIGNED else 1
-                groups.setdefault(key, []).append(number)
+                groups.setdefault((operation, level, sign), []).append(number)
         everything = move(torch.tensor(sum(groups.values(), []), dtype=torch.int64), views.device)
         for key, group in zip(groups, everything.split([len(group) for group in groups.values()]), strict=True):
             views[group] = transform(views[group], *key)
