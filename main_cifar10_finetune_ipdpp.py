@@ -63,7 +63,7 @@ def finetune(args, run):
     tau = 0.0 if args.loss == "logit_adjusted" else args.logit_adjustment
 
     torch.manual_seed(args.seed)
-    model = Classifier(create_encoder(args.model, args.input_size), args.num_classes)
+    model = Classifier(create_encoder(args.model), args.num_classes)
     model.to(run.device, memory_format=torch.channels_last)
     criterion = LogitAdjustedLoss(counts) if args.loss == "logit_adjusted" else torch.nn.CrossEntropyLoss()
     criterion.to(run.device)

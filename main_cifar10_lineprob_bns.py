@@ -50,7 +50,7 @@ def probe(args, run):
     counts = train_set.class_counts.clip(max=args.num_samples)  # images per class that are trained on
 
     torch.manual_seed(args.seed)
-    model = Classifier(create_encoder(args.model, args.input_size), args.num_classes, frozen=True)
+    model = Classifier(create_encoder(args.model), args.num_classes, frozen=True)
     model.to(run.device, memory_format=torch.channels_last)
     criterion = torch.nn.CrossEntropyLoss()
 

@@ -49,7 +49,7 @@ def pretrain(args, run):
     train_set, test_set = load_data(run)
 
     torch.manual_seed(args.seed)
-    model = BNSNetwork(create_encoder(args.model, args.input_size), args.embed_dim)
+    model = BNSNetwork(create_encoder(args.model), args.embed_dim)
     model.to(run.device, memory_format=torch.channels_last)
     criterion = BNSLoss(args.temperature, args.bns_form, args.num_extra_positives)
 

@@ -29,7 +29,7 @@ args = parser.parse_args()
 
 checkpoint = load_checkpoint(args.checkpoint, "CHECKPOINT")
 trained = checkpoint["args"]
-encoder = create_encoder(trained["model"], trained["input_size"])
+encoder = create_encoder(trained["model"])
 load_encoder(encoder, checkpoint, args.checkpoint)
 encoder.eval()
 

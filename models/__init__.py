@@ -1,4 +1,4 @@
-"""The networks: a timm encoder with a stem for small images, followed by a projector (stage 1) or a linear layer."""
+"""The networks: a ResNet with a stem for small images, followed by a projector (stage 1) or a linear layer."""
 import timm
 import torch
 from timm.models import is_model_in_modules
@@ -8,46 +8,27 @@ import models.cifar_resnet  # noqa: F401  registers the CIFAR ResNets with timm
 from util.errors import UserError
 
 
-def create_encoder(name, input_size=32):
-    """Build a timm classifier without its classification layer, randomly initialised as timm does.
+def create_encoder(name):
+    """Build one of timm's ResNets or of the CIFAR ResNets without its classification layer, randomly initialised.
 
-    timm's ResNets get the stem of the CIFAR literature, a 3x3 convolution of stride 1 and no pooling (paper,
-    section 5), and are initialised He-normal (fan out), the last norm of each block at 1, not 0. Any other
-    model is taken as it is, the CIFAR ResNets of `models.cifar_resnet` among them; where timm lets it choose its image
-    size, `input_size` (pixels) is passed.
+    timm's get the stem of the CIFAR literature, a 3x3 convolution of stride 1 and no pooling (paper, section 5). All
+    are initialised He-normal (fan out), the last norm of each block at 1, not 0.
 
     Returns:
-        Module from (N, 3, input_size, input_size) to (N, num_features), with the attribute `num_features`.
+        Module from float (N, 3, H, W) to (N, num_features), with the attribute `num_features`.
 
     Raises:
-        UserError: no such timm model, or one that does not turn such images into feature vectors.
+        UserError: no such ResNet.
     """
-    if not timm.is_model(name):
-        raise UserError(f"--model: found '{name}', expected the name of a timm model")
-    try:
-        if is_model_in_modules(name, ["resnet"]):
-            encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
-            encoder.conv1 = nn.Conv2d(3, encoder.layer1[0].conv1.in_channels, 3, stride=1, padding=1, bias=False)
-            nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-            encoder.maxpool = nn.Identity()
-        else:
-            encoder = _create_for_size(name, input_size)
-        with torch.no_grad():
-            features = encoder.eval()(torch.zeros(2, 3, input_size, input_size))
-    except Exception as error:  # whatever one of timm's thousand models says to such an image, it does not fit
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--model: '{name}' does not take images of --input_size {input_size}: {reason}") from error
-    if features.ndim != 2:
-        raise UserError(f"--model: '{name}' gives outputs of shape {tuple(features.shape)}, expected feature vectors")
-    encoder.num_features = features.shape[1]
-    return encoder.train()
-
-
-def _create_for_size(name, input_size):
-    try:
-        return timm.create_model(name, num_classes=0, img_size=input_size)
-    except TypeError:  # a model whose image size is free, such as most convolutional ones
-        return timm.create_model(name, num_classes=0)
+    if not is_model_in_modules(name, ["resnet", "cifar_resnet"]):
+        raise UserError(f"--model: found '{name}', expected a ResNet of timm, such as resnet18, or cifar_resnet20, 32 "
+                        "or 56")
+    encoder = timm.create_model(name, num_classes=0, zero_init_last=False)
+    if is_model_in_modules(name, ["resnet"]):
+        encoder.conv1 = nn.Conv2d(3, encoder.layer1[0].conv1.in_channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return encoder
 
 
 class BNSNetwork(nn.Module):

@@ -36,7 +36,7 @@ P = f"{{bad}}/{PRETRAIN}/checkpoint-0.pth"
 CASES = [  # script, flags, what the line names
     (PRETRAIN, "--batch_size 128", "--batch_size"), (PRETRAIN, "--lr nan", "--lr"),
     (PRETRAIN, "--imbalanced_factor 501", "--imbalanced_factor"), (PRETRAIN, "--num_classes 100", "--num_classes"),
-    (PRETRAIN, "--model test_vit --input_size 17", "--model"), (PRETRAIN, "--epoch 3", "--epoch"),
+    (PRETRAIN, "--model test_vit", "--model"), (PRETRAIN, "--epoch 3", "--epoch"),
     (PRETRAIN, "--device cuda:9", "--device"),
     # files
     *((PRETRAIN, f"--resume {{bad}}/{name}.pth", f"{name}.pth")
@@ -44,7 +44,7 @@ CASES = [  # script, flags, what the line names
     (FINETUNE, "--eval {bad}/pickle.pth", "pickle.pth"), (FINETUNE, f"--eval {P}", "--eval"),
     (PRETRAIN, f"--resume {P} --imbalanced_factor 10", "--imbalanced_factor"),
     (PRETRAIN, f"--resume {P} --opt sgd", "--opt"),
-    (FINETUNE, f"--encoder {P} --model test_vit", "--model"),
+    (FINETUNE, f"--encoder {P} --model cifar_resnet20", "--model"),
     # folders
     (FINETUNE, f"--output_dir {{bad}}/{PRETRAIN}", "--output_dir"),
     (FINETUNE, f"--output_dir {{bad}}/{PRETRAIN} --resume auto", "pretrain_bns"),

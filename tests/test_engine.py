@@ -84,7 +84,7 @@ def test_training_equals_a_plainly_written_loop(script, flags, tmp_path):
     images = 96 if stage_1 else len(subset)
 
     torch.manual_seed(trained["args"]["seed"])
-    encoder = create_encoder("test_resnet", 16)
+    encoder = create_encoder("test_resnet")
     model = BNSNetwork(encoder) if stage_1 else Classifier(encoder, 10, frozen=script == LINEPROB)
     # The same kernels, since Adam makes a whole step of a gradient that is nothing but rounding.
     model = model.train().to(memory_format=torch.channels_last)
@@ -125,7 +125,7 @@ def test_compile_trains_as_without_it(script, tmp_path, monkeypatch):
 def test_predict_equals_a_direct_forward():
     """Of images made square, whatever they were."""
     some_run = SimpleNamespace(autocast=nullcontext, args=SimpleNamespace(input_size=16))
-    model = Classifier(create_encoder("test_resnet", 16), 10).train()
+    model = Classifier(create_encoder("test_resnet"), 10).train()
     images = torch.randint(256, (20, 3, 48, 32), dtype=torch.uint8)
     outputs = predict(model, images, some_run, batch_size=8)
     small = F.interpolate(images / 255, size=(16, 16), mode="bilinear", antialias=True)
@@ -144,7 +144,7 @@ def test_draws_see_the_current_model_on_clean_images(tmp_path):
     images = torch.from_numpy(train_set.data).permute(0, 3, 1, 2) / 255
     images = F.interpolate(images, size=(16, 16), mode="bilinear", antialias=True)
     torch.manual_seed(42)
-    model, seen = Classifier(create_encoder("test_resnet", 16), 10), []
+    model, seen = Classifier(create_encoder("test_resnet"), 10), []
     for epoch in (0, 1):
         if epoch:
             load_weights(model, load_checkpoint(tmp_path / "checkpoint-0.pth")["model"], "checkpoint-0.pth")

@@ -35,7 +35,7 @@ def outputs(network, images):
 
 def logits_of(path):
     """Of the test images, by a checkpoint."""
-    model = Classifier(create_encoder("test_resnet", 16), 10)
+    model = Classifier(create_encoder("test_resnet"), 10)
     model.load_state_dict(load_checkpoint(path)["model"])
     return outputs(model, ToyCIFAR(10, train=False).data)
 
@@ -53,7 +53,7 @@ def accuracies(predicted, factor=100):
 
 def knn_accuracies(path, factor=100):
     """By the encoder of a checkpoint, of images of this imbalance factor."""
-    encoder, train_set = create_encoder("test_resnet", 16), ToyCIFAR(10, factor)
+    encoder, train_set = create_encoder("test_resnet"), ToyCIFAR(10, factor)
     weights = load_checkpoint(path)["model"]
     encoder.load_state_dict({name[4:]: value for name, value in weights.items() if name.startswith("enc.")})
     neighbours = KNNClassifier(outputs(encoder, train_set.data), torch.tensor(train_set.targets), 10)

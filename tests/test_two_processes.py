@@ -45,7 +45,7 @@ def test_two_processes_train_as_worked_out_by_hand(stage, images, compiles, tmp_
     epochs = epochs[-2:]  # stage 1 shows some views before its first epoch
 
     torch.manual_seed(trained["args"]["seed"])
-    encoder = create_encoder("test_resnet", 16)
+    encoder = create_encoder("test_resnet")
     model = BNSNetwork(encoder) if stage == "pretrain_bns" else Classifier(encoder, 10)
     model.to(memory_format=torch.channels_last)
 

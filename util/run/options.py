@@ -53,7 +53,7 @@ GROUPS = {
         "--jitter_strength --num_views": dict(type=STRENGTH, help="strength s of the colour jitter (the published "
                                               "code calls it --num_views)"),
     },
-    "model": {"--model": dict(help="timm model whose features are learned, or cifar_resnet20, 32 or 56")},
+    "model": {"--model": dict(help="a ResNet of timm, such as resnet18, or cifar_resnet20, 32 or 56")},
     "balanced negative sampling": {
         "--embed_dim": dict(type=AT_LEAST_1, help="dimensions of the projections"),
         "--temperature": dict(type=POSITIVE, help="divides the cosine similarities"),
