@@ -110,10 +110,15 @@ class Study:
         return total
 
     def cost(self, variant):
-        """Mean hours of a run, a Counter by hardware, those of its encoder included."""
+        """Mean hours of a run, a Counter by hardware, those of its encoder included.
+
+        Where some of its runs had CPU cores and some a GPU, it is the mean of those on cores.
+        """
         encoder = encoder_of(variant, self.runs)
         total = self.cost(encoder) if encoder else Counter()
-        for seed in self.runs[variant]:
-            for hardware, hours in self.hours(f"{variant}-seed{seed}").items():
-                total[hardware] += hours / len(self.runs[variant])
+        runs = [self.hours(f"{variant}-seed{seed}") for seed in self.runs[variant]]
+        runs = [run for run in runs if set(run) == {"core"}] or runs
+        for run in runs:
+            for hardware, hours in run.items():
+                total[hardware] += hours / len(runs)
         return total

@@ -15,7 +15,7 @@ FIELD = {
     "BCL, Zhu et al. 2022": (84.3, 51.9),
     "ProCo, Du et al. 2024": (85.9, 52.8),
 }
-COLOURS = colormaps["tab20"].colors * 5
+COLOURS = [colour for name in ("tab20", "tab20b", "tab20c") for colour in colormaps[name].colors]
 
 
 def draw_accuracy(study):

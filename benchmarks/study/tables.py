@@ -21,7 +21,7 @@ variants, and the last table has the command of each run."""
 ABOUT_ACCURACIES = """\
 Test accuracy at the last epoch, in percent: mean ± sample deviation over the seeds. "adj." is that of the same weights
 with adjusted logits. Images and core-hours are those of one run and of the encoder that it starts from. Each of the two
-views of stage 1 counts as an image."""
+views of stage 1 counts as an image. Where only some runs had a GPU, the core-hours are those of the others."""
 ABOUT_DIFFERENCES = """\
 Mean differences in points, with their 95 % intervals: Student's of pairs of runs with the same seed, else Welch's.
 Compared are variants that differ in one respect, each with the plain training by the same recipe whose cost is nearest,
