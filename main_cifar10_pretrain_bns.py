@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 from engine import evaluate_knn, load_data, train_one_epoch, warm_up_then_cosine
 from models import BNSNetwork, create_encoder
-from util.augment import SimCLRAugment
+from util.augment import create_augment
 from util.batches import DeviceLoader
 from util.bns_loss import BNSLoss
 from util.run import Run
@@ -28,7 +28,7 @@ def get_args_parser():
         stage="pretrain_bns", dataset="cifar10",
         # data and augmentation; the published code takes the strength of the jitter from its --num_views, which is 2
         data_root="/mnt/data/cifar10", imbalanced_factor=100, num_classes=10, input_size=32,
-        min_crop=0.08, jitter_strength=2.0,
+        augment="simclr", min_crop=0.08, jitter_strength=2.0,
         # model and loss: that of the published code, or "eq12" with m = num_extra_positives
         model="resnet18", embed_dim=128, temperature=0.5, bns_form="published", num_extra_positives=4,
         # optimisation: AdamW (or SGD), linear warm-up to blr * (images per step) / 256, then half a cosine
@@ -58,7 +58,7 @@ def pretrain(args, run):
         return evaluate_knn(model.enc, train_set, test_set, run)
 
     # Two views of each image; an epoch's incomplete last batch is left out.
-    augment = SimCLRAugment(args.input_size, args.jitter_strength, args.min_crop)
+    augment = create_augment(args.augment, args.input_size, args.jitter_strength, args.min_crop)
     loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed,
                           views_per_image=2, drop_last=True)
     all_indices = torch.arange(len(train_set))

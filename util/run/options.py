@@ -49,6 +49,8 @@ GROUPS = {
                                     help="training images of the largest class per image of the smallest"),
         "--num_classes": dict(type=AT_LEAST_1, help="classes of the data set"),
         "--input_size": dict(type=AT_LEAST_2, help="side of the images fed to the model, pixels"),
+        "--augment": dict(choices=["simclr", "crop", "auto"], help="of the training images: SimCLR's; padding, crop "
+                          "and flip; these, AutoAugment and Cutout. Only simclr heeds --min_crop and the jitter"),
         "--min_crop": dict(type=SHARE, help="area of SimCLR's smallest crop, as a share of the image"),
         "--jitter_strength --num_views": dict(type=STRENGTH, help="strength s of the colour jitter (the published "
                                               "code calls it --num_views)"),
@@ -63,8 +65,6 @@ GROUPS = {
                                       "that are its positives, m"),
     },
     "classifier": {
-        "--augment": dict(choices=["simclr", "crop", "auto"], help="of the training images: SimCLR's; padding, crop "
-                          "and flip; these, AutoAugment and Cutout. Only simclr heeds --min_crop and the jitter"),
         "--num_samples": dict(type=AT_LEAST_1, help="training images drawn per class, at most"),
         "--logit_adjustment": dict(type=NOT_NEGATIVE, metavar="TAU", help="evaluate also with logits minus TAU times "
                                    "the log of each class's share of the images trained on; 0: do not"),
