@@ -36,7 +36,7 @@ def transform(images, operation, level, sign):
     """Apply one operation of POLICY to uint8 (N, 3, H, W). `sign`: 1 or -1, for operations in two directions.
 
     torchvision's AutoAugment draws once for all images that it is given, so this calls the part of it that draws
-    nothing.
+    nothing. Its name is private: requirements.txt pins torchvision.
     """
     strengths, in_two_directions = AUTO_AUGMENT._AUGMENTATION_SPACE[operation]
     strength = 0.0 if level is None else strengths(10, *images.shape[2:])[level].item()
