@@ -39,7 +39,7 @@ def get_args_parser():
         # model and loss
         model="resnet18", loss="cross_entropy", logit_adjustment=1.0,
         # draws: at most 500 images per class; new ones before epochs 9, 19, ..., 89
-        num_samples=500, sampling_freq=10, ipdpp_sampler="exact", ipdpp_kernel="paper", mcmc_steps=1000,
+        num_samples=500, sampling_freq=10, ipdpp_sampler="exact", ipdpp_kernel="paper",
         # optimisation: AdamW (or SGD), linear warm-up to blr * (images per step) / 256, then half a cosine
         epochs=100, batch_size=64, blr=1e-3, min_lr=0.0, warmup_epochs=5, weight_decay=0.05,
         opt="adamw", amp="auto", seed=42,
@@ -95,7 +95,7 @@ def finetune(args, run):
             previous = subset
             subset = run.processes.from_first(
                 draw_subset, log_p, train_set.labels.cpu(), args.num_samples, (args.seed, epoch),
-                args.ipdpp_sampler, args.ipdpp_kernel, args.mcmc_steps)
+                args.ipdpp_sampler, args.ipdpp_kernel)
             kernel = None if args.ipdpp_sampler == "uniform" else args.ipdpp_kernel
             draw_stats = describe_draw(run.log, epoch, train_logits, train_set, subset, previous, kernel)
         batches = loader.epoch(epoch, subset)

@@ -25,7 +25,7 @@ EFFECTS = {
     "num_samples": ([], [5], "weights"), "logit_adjustment": ([], [0], "log"),
     "sampling_freq": (["--epochs", 3], [1], "weights"), "ipdpp_sampler": ([], ["uniform"], "weights"),
     "ipdpp_kernel": (["--epochs", 3, "--sampling_freq", 1, "--blr", 0.2], ["published"], "weights"),
-    "mcmc_steps": (["--ipdpp_sampler", "mcmc"], [1], "weights"), "loss": ([], ["logit_adjusted"], "weights"),
+    "loss": ([], ["logit_adjusted"], "weights"),
     "epochs": ([], [2], "weights"), "batch_size": ([], [30], "weights"),
     "opt": ([], ["sgd"], "weights"), "weight_decay": ([], [0.5], "weights"), "lr": ([], [0.1], "weights"),
     "blr": ([], [0.1], "weights"), "min_lr": ([], [5e-5], "weights"), "warmup_epochs": (TWO, [1], "weights"),

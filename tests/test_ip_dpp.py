@@ -12,7 +12,6 @@ from scipy.stats import chisquare
 from util.ip_dpp import (
     SAMPLERS,
     draw_subset,
-    exchange_chain,
     inclusion_probabilities,
     likelihood_kernel,
     sample_k_dpp,
@@ -141,11 +140,10 @@ def test_uniform_ignores_the_classifier():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("function", [sample_k_dpp, exchange_chain])
 @pytest.mark.parametrize("log_p", [[0.0], [-np.inf], [0.0, 0.0, 0.0, 0.0], [-np.inf, -1.0, -1e-9, 0.0]])
-def test_nothing_and_everything_can_be_drawn(function, kernel, log_p):
+def test_nothing_and_everything_can_be_drawn(kernel, log_p):
     for k in (0, len(log_p)):
-        drawn = function(log_p, k, np.random.default_rng(0), kernel)
+        drawn = sample_k_dpp(log_p, k, np.random.default_rng(0), kernel)
         assert drawn.dtype == np.int64 and sorted(drawn.tolist()) == list(range(k))
         np.testing.assert_array_equal(inclusion_probabilities(log_p, k, kernel), np.full(len(log_p), float(k > 0)))
 
@@ -161,27 +159,10 @@ def test_hard_classes_are_drawn_at_every_size():
                 assert np.isclose(inclusion_probabilities(log_p, k, kernel).sum(), k, rtol=1e-9)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_mcmc_reaches_the_k_dpp(kernel):
-    log_p, rng = np.log([0.02, 0.3, 0.99, 0.99, 0.99, 0.99]), np.random.default_rng(0)
-    _, determinants, _ = brute_force(log_p, 2, kernel)
-    draw = partial(exchange_chain, log_p, 2, rng, kernel, steps=40)
-    assert_proportional(draw, ALL_PAIRS, determinants, draws=3000)
-
-
-def test_mcmc_moves_where_determinants_underflow():
-    """det(S_Y) is about 1e-360 here: unscaled, DPPy finds no start and divides 0 by 0."""
-    log_p = np.log1p(-1e-6 * np.random.default_rng(0).random(120))
-    start, drawn = (exchange_chain(log_p, 60, np.random.default_rng(0), steps=steps) for steps in (1, 300))
-    assert len(np.setdiff1d(drawn, start)) > 15
-
-
-@pytest.mark.parametrize("function", [sample_k_dpp, exchange_chain])
 @pytest.mark.parametrize("log_p, k", [([-1.0, np.nan], 1), ([-1.0, 1e-9], 1), ([-1.0], 2)])
-def test_what_are_no_log_probabilities_or_sizes_is_refused(function, log_p, k):
+def test_what_are_no_log_probabilities_or_sizes_is_refused(log_p, k):
     with pytest.raises(ValueError):
-        function(log_p, k, np.random.default_rng(0))
+        sample_k_dpp(log_p, k, np.random.default_rng(0))
 
 
 def test_log_probabilities_keep_the_digits_of_confident_predictions():
@@ -195,7 +176,7 @@ def test_log_probabilities_keep_the_digits_of_confident_predictions():
 def test_large_classes_are_cut_and_the_others_stay_whole(sampler):
     targets = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [40, 10, 11, 3]))
     log_p = np.log(np.random.default_rng(1).random(64))
-    drawn = draw_subset(log_p, targets.tolist(), 10, (0, 0), sampler, "paper", 50)
+    drawn = draw_subset(log_p, targets.tolist(), 10, (0, 0), sampler)
     assert drawn.dtype == torch.int64 and np.bincount(targets[drawn]).tolist() == [10, 10, 10, 3]
     assert drawn.tolist() == sorted(set(drawn.tolist()), key=lambda image: (targets[image], image))
 
@@ -206,7 +187,7 @@ def test_seed_redraw_and_class_alone_determine_a_draw(sampler):
 
     def drawn(*seed, classes=(0, 1)):
         rows = np.isin(targets, classes)
-        subset = draw_subset(log_p[rows], targets[rows], 10, seed, sampler, "paper", 50)
+        subset = draw_subset(log_p[rows], targets[rows], 10, seed, sampler)
         return np.flatnonzero(rows)[subset].tolist()
 
     first = drawn(3, 4)

@@ -55,7 +55,7 @@ SHARED = {"imbalanced_factor": 100, "input_size": 32, "weight_decay": 0.05, "lr"
 OF_STAGE = {"pretrain_bns": {"epochs": 1000, "embed_dim": 128, "temperature": 0.5, "bns_form": "published"},
             "lineprob_bns": {"epochs": 100, "batch_size": 64, "logit_adjustment": 1},
             "finetune_ipdpp": {"epochs": 100, "batch_size": 64, "logit_adjustment": 1, "loss": "cross_entropy",
-                               "mcmc_steps": 1000, "ipdpp_kernel": "paper", "ipdpp_sampler": "exact"}}
+                               "ipdpp_kernel": "paper", "ipdpp_sampler": "exact"}}
 EACH = {"main_cifar10_pretrain_bns": {"batch_size": 1024, "warmup_epochs": 20, "seed": 0, "jitter_strength": 2},
         "main_cifar100_pretrain_bns": {"batch_size": 512, "warmup_epochs": 20, "seed": 0, "jitter_strength": 2},
         "main_cifar10_lineprob_bns": {"num_samples": 100, "warmup_epochs": 20, "seed": 0, "jitter_strength": 2},

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SAMPLERS = ("exact", "mcmc", "uniform")
+SAMPLERS = ("exact", "uniform")
 
 
 def _check(log_p, k):
@@ -146,32 +146,12 @@ def likelihood_kernel(log_p, kernel="paper"):
     return np.outer(p, p) / (c * len(p)) + np.diag(d * s / c)
 
 
-def exchange_chain(log_p, k, rng, kernel="paper", steps=1000):
-    """The state of DPPy's Markov chain after `steps` >= 1 exchanges of one item, from a uniform draw: int64 (k,).
-
-    It builds the N x N kernel, and mixes in about 2 k log k steps. Other arguments and errors: `sample_k_dpp`.
-    Also raises FloatingPointError if the determinants leave float64's range (k of several thousand).
-    """
-    log_p = _check(log_p, k)
-    start = rng.choice(len(log_p), size=k, replace=False)
-    if k in (0, len(log_p)) or not np.any(log_p):  # no exchange to make, or every exchange as good as any other
-        return start
-    from dppy.finite_dpps import FiniteDPP
-
-    likelihood = likelihood_kernel(log_p, kernel)
-    # Scaling the kernel does not change a k-DPP, and keeps the determinants that DPPy divides within float64's range.
-    likelihood *= np.exp(-np.linalg.slogdet(likelihood[np.ix_(start, start)]).logabsdet / k)
-    with np.errstate(invalid="raise", divide="raise"):
-        return np.array(FiniteDPP("likelihood", L=likelihood).sample_mcmc_k_dpp(
-            size=k, s_init=start, nb_iter=steps + 1, random_state=np.random.RandomState(rng.integers(2**32))))
-
-
 def true_label_log_probabilities(logits, labels):
     """log p of the true label, float64 (N,) in NumPy, of logits, float tensor (N, C), and labels, int64 (N,)."""
     return -F.cross_entropy(logits.double(), labels, reduction="none").cpu().numpy()
 
 
-def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="paper", mcmc_steps=1000):
+def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="paper"):
     """Cut every class of more than `num_samples` images to that number; the others stay whole (paper, section 5).
 
     Args:
@@ -179,8 +159,8 @@ def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="pape
         targets: N integer labels.
         num_samples: images to keep of a class, at most.
         seed: (seed, redraw), two integers >= 0. Together with the class they determine its draw.
-        sampler: "exact" (`sample_k_dpp`), "mcmc" (`exchange_chain`) or "uniform" (plain random undersampling).
-        kernel, mcmc_steps: of the k-DPP, and of the chain.
+        sampler: "exact" (`sample_k_dpp`) or "uniform" (plain random undersampling).
+        kernel: of the k-DPP.
 
     Returns:
         int64 tensor of indices, class by class, ascending within a class.
@@ -197,8 +177,6 @@ def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="pape
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(redraw, int(c))))
             if sampler == "exact":
                 drawn = sample_k_dpp(log_p[members], num_samples, rng, kernel)
-            elif sampler == "mcmc":
-                drawn = exchange_chain(log_p[members], num_samples, rng, kernel, mcmc_steps)
             else:
                 drawn = rng.choice(len(members), size=num_samples, replace=False)
             members = members[np.sort(drawn)]

@@ -73,12 +73,10 @@ GROUPS = {
         "--sampling_freq": dict(type=AT_LEAST_1,
                                 help="epochs between draws: a new one comes before epoch e, counted from "
                                      "0, if (e + 1) is a multiple of this, except before the last"),
-        "--ipdpp_sampler": dict(choices=["exact", "mcmc", "uniform", "none"], help="exact k-DPP; DPPy's exchange "
-                                "chain; plain random undersampling; no undersampling at all"),
+        "--ipdpp_sampler": dict(choices=["exact", "uniform", "none"], help="exact k-DPP; plain random undersampling; "
+                                "no undersampling at all"),
         "--ipdpp_kernel": dict(choices=["paper", "published"], help="similarities divided by N (equation 16) or, as in "
                                "the published code, by N^2"),
-        "--mcmc_steps": dict(type=AT_LEAST_1, help="moves of the chain of --ipdpp_sampler mcmc. It mixes in about "
-                             "2 k log k for k images, 6200 for 500; fewer give draws between uniform and exact ones"),
         "--loss": dict(choices=["cross_entropy", "logit_adjusted"], help="logit_adjusted: cross-entropy of logits plus "
                        "the log of each class's share of the images trained on; predictions are not adjusted then"),
     },

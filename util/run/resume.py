@@ -14,7 +14,7 @@ from util.run.options import RUN_FLAGS
 
 # What must stay when a run continues; what the last draw depends on; what --eval takes from the checkpoint.
 MUST_STAY = {"dataset", "toy_data", "imbalanced_factor", "model", "input_size", "embed_dim", "opt"}
-DRAWN_BY = {"num_samples", "ipdpp_sampler", "ipdpp_kernel", "mcmc_steps", "seed"}
+DRAWN_BY = {"num_samples", "ipdpp_sampler", "ipdpp_kernel", "seed"}
 TRAINED_ON = ("toy_data", "imbalanced_factor", "model", "input_size", "num_samples", "ipdpp_sampler", "loss")
 
 
