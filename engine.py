@@ -14,7 +14,6 @@ from util.knn import KNNClassifier
 from util.logit_adjustment import adjust_logits
 from util.metrics import SHOTS, classification_metrics
 from util.run.log import EPOCH_END
-from util.run.processes import peak_memory
 from util.toy_data import ToyCIFAR
 
 EVAL_BATCH = 500  # fixed, so that results do not depend on --batch_size
@@ -70,7 +69,7 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
     Args:
         network: called with all views of a step.
         criterion: (projections of the first view, of the second, labels) or (logits, labels) -> scalar loss.
-        batches: yields (views, labels); has a length.
+        batches: yields (views, labels).
         scheduler: timm's, set at every step.
 
     Returns:
@@ -78,9 +77,9 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
     """
     network.train()
     losses, rates, norms = [], [], []
-    steps, num_images, began = len(batches), 0, time.monotonic()
+    num_images, began = 0, time.monotonic()
     for step, (views, labels) in enumerate(batches):
-        scheduler.step_update(epoch * steps + step)
+        scheduler.step_update(epoch * run.steps + step)
         optimizer.zero_grad(set_to_none=True)
         with run.autocast():
             outputs = network(*views)
@@ -95,7 +94,7 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
         rates.append(optimizer.param_groups[0]["lr"])
         num_images += len(labels)
         if run.progress.due():
-            run.progress.show(f"epoch {epoch}  step {step + 1}/{steps}  loss {loss.item():.4f}")
+            run.progress.show(f"epoch {epoch}  step {step + 1}/{run.steps}  loss {loss.item():.4f}")
     if run.processes.world_size > 1:  # all take the first process's batch-norm statistics, which are those saved
         distribute_bn(run.model, run.processes.world_size)
     curves = {"train_loss": run.processes.mean(torch.stack(losses)), "lr": torch.tensor(rates),
@@ -104,8 +103,7 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
     num_images *= run.processes.world_size
     speed = num_images / (time.monotonic() - began)
     run.log.steps(curves, epoch)
-    run.log.scalars({"train/images_per_second": speed, "train/peak_memory_gib": peak_memory(run.device)},
-                    epoch + EPOCH_END)
+    run.log.scalars({"train/images_per_second": speed}, epoch + EPOCH_END)
     run.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {rates[-1]:.6f}  {speed:,.0f} images/s")
     return {"train_loss": train_loss, "train_lr": rates[-1], "train_images": num_images}
 
@@ -145,11 +143,11 @@ def evaluate(logits, test_set, train_set, counts, tau, run):
     metrics = classification_metrics(logits, labels, *shots)
     run.say(f"* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
     run.say(f"Accuracy of the network on the {len(labels)} test images: {metrics['acc1']:.1f}%")
-    run.say("* " + " ".join(f"{name}-Shot Acc@1 {fraction}" for name, fraction in shot_texts(metrics)))
+    run.say(f"* {shots_text(metrics)}")
     stats = {f"test_{name}": value for name, value in metrics.items()}
     if tau:
         adjusted = classification_metrics(adjust_logits(logits, counts, tau), labels, *shots)
-        run.say(accuracy_line(f"* logit-adjusted (tau {tau:g}):", adjusted))
+        run.say(f"* logit-adjusted (tau {tau:g}): Acc@1 {adjusted['acc1']:.3f} {shots_text(adjusted)}")
         stats |= {f"test_adjusted_{name}": adjusted[name] for name in ("acc1", *SHOTS)}
     if run.args.eval:
         by_size = (-train_set.class_counts).argsort(kind="stable")
@@ -167,7 +165,7 @@ def evaluate_knn(encoder, train_set, test_set, run):
     neighbours = KNNClassifier(features, train_set.labels, len(train_set.class_counts))
     votes = predict(neighbours, queries, run).cpu()
     metrics = classification_metrics(votes, test_set.labels.cpu(), train_set.class_counts, train_set.shot_thresholds)
-    run.say(accuracy_line("* kNN", metrics))
+    run.say(f"* kNN Acc@1 {metrics['acc1']:.3f} {shots_text(metrics)}")
     return {f"knn_{name}": metrics[name] for name in ("acc1", *SHOTS)}
 
 
@@ -175,11 +173,6 @@ def fraction_text(fraction):
     return "none" if fraction is None else f"{fraction:.3f}"
 
 
-def shot_texts(metrics):
-    """Pairs such as ("Many", "0.538"); "none" where there is no such class."""
-    return [(name.capitalize(), fraction_text(metrics[name])) for name in SHOTS]
-
-
-def accuracy_line(title, metrics):
-    shots = " ".join(f"{name}-Shot {fraction}" for name, fraction in shot_texts(metrics))
-    return f"{title} Acc@1 {metrics['acc1']:.3f} {shots}"
+def shots_text(metrics):
+    """Such as "Many-Shot Acc@1 0.538 Medium-Shot Acc@1 ..."; "none" where there is no such class."""
+    return " ".join(f"{name.capitalize()}-Shot Acc@1 {fraction_text(metrics[name])}" for name in SHOTS)

@@ -61,7 +61,7 @@ def probe(args, run):
 
     augment = create_augment(args.augment, args.input_size, args.jitter_strength, args.min_crop)
     loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed)
-    steps = loader.steps(counts.sum())
+    steps = len(loader.batch_sizes(counts.sum()))
 
     # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every step.
     lr = args.lr or args.blr * args.batch_size * run.processes.world_size / 256

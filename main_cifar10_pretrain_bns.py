@@ -62,7 +62,7 @@ def pretrain(args, run):
     loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed,
                           views_per_image=2, drop_last=True)
     all_indices = torch.arange(len(train_set))
-    steps = loader.steps(len(all_indices))
+    steps = len(loader.batch_sizes(len(all_indices)))
 
     # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every step.
     lr = args.lr or args.blr * args.batch_size * run.processes.world_size / 256
@@ -72,7 +72,7 @@ def pretrain(args, run):
 
     network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
     if run.start_epoch == 0:
-        (first, second), _ = next(iter(loader.epoch(0, all_indices)))
+        (first, second), _ = next(loader.epoch(0, all_indices))
         views = torch.stack((first[:32], second[:32]), dim=1).flatten(0, 1)
         run.log.images("input/two views of each image, side by side", views.cpu(), 0)
     for epoch in run.epochs():

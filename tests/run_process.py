@@ -14,7 +14,7 @@ import torch
 from conftest import STAGES, TINY, draw_few, scalars
 
 import util.run
-from util.batches import EpochBatches
+from util.batches import DeviceLoader
 from util.run.checkpoint import load_checkpoint
 from util.run.options import launch
 from util.toy_data import ToyCIFAR
@@ -126,14 +126,14 @@ def finish(stage, folder, *flags, code=0, **settings):
 
 def at_step(epoch, step, action):
     """Have this process call `action()` before it trains on a batch, numbered from 0, of an epoch after the first."""
-    original = EpochBatches.__iter__
+    original = DeviceLoader.epoch
 
-    def watched(self):
-        for number, batch in enumerate(original(self)):
-            if (self.epoch, number) == (epoch, step):
+    def watched(self, number_of_epoch, subset):
+        for number, batch in enumerate(original(self, number_of_epoch, subset)):
+            if (number_of_epoch, number) == (epoch, step):
                 action()
             yield batch
-    EpochBatches.__iter__ = watched
+    DeviceLoader.epoch = watched
 
 
 def signal_self(*signums, pause=0.0):

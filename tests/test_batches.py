@@ -9,7 +9,7 @@ from conftest import one_of
 
 from util import batches
 from util.augment import SimCLRAugment
-from util.batches import DeviceLoader, derive_seed, split_epoch, to_device
+from util.batches import DeviceLoader, derive_seed, to_device
 from util.toy_data import ToyCIFAR
 
 AUGMENT = SimCLRAugment(16, 1.0)
@@ -27,7 +27,7 @@ def loader(batch_size=10, seed=0, world_size=1, rank=0, **options):
     (101, 10, False, [10] * 9 + [11]),  # batch norm cannot train on the one image left
     (101, 10, True, [10] * 10), (9, 10, False, [9]), (1, 10, False, [1])])
 def test_sizes_of_batches(images, batch_size, drop_last, expected):
-    assert split_epoch(images, batch_size, drop_last) == expected
+    assert loader(batch_size, drop_last=drop_last).batch_sizes(images) == expected
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -36,25 +36,25 @@ def test_sizes_of_batches(images, batch_size, drop_last, expected):
 def test_processes_share_an_epoch(images, drop_last, world_size):
     subset = torch.arange(images) * 2
     loaders = [loader(10, 0, world_size, rank, drop_last=drop_last) for rank in range(world_size)]
-    shares = [of_process.epoch(0, subset).indices for of_process in loaders]
+    shares = [of_process.indices(0, subset) for of_process in loaders]
     expected = images // world_size if drop_last else -(-images // world_size)
     for of_process, share in zip(loaders, shares, strict=True):
-        assert [len(indices) for indices in share] == split_epoch(expected, 10, drop_last)
-        assert of_process.steps(images) == len(share)
+        sizes = [len(indices) for indices in share]
+        assert sizes == of_process.batch_sizes(images) == loader(10, drop_last=drop_last).batch_sizes(expected)
     seen = torch.cat(sum(shares, ()))
     assert seen.dtype == torch.int64 and seen.tolist() != seen.sort().values.tolist()
     if drop_last:
         assert len(seen.unique()) == len(seen) and set(seen.tolist()) <= set(subset.tolist())
     else:  # an odd number of images makes one come twice, so that both processes get as many
         assert len(seen) == expected * world_size and seen.unique().tolist() == subset.tolist()
-    together = loader(10 * world_size, drop_last=drop_last).epoch(0, subset).indices
+    together = loader(10 * world_size, drop_last=drop_last).indices(0, subset)
     for step in range(images // 20 - 1):
         assert set(together[step].tolist()) == set(torch.cat([share[step] for share in shares]).tolist())
 
 
 def test_order_follows_from_seed_and_epoch():
     def order(seed, epoch):
-        return torch.cat(loader(8, seed).epoch(epoch, torch.arange(50)).indices).tolist()
+        return torch.cat(loader(8, seed).indices(epoch, torch.arange(50))).tolist()
 
     assert order(1, 2) == order(1, 2)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
@@ -77,16 +77,17 @@ def test_a_data_set_on_the_device_is_that_data_set():
 @pytest.mark.parametrize("num_views, rank, batch_size", [(1, 0, 57), (2, 1, 43)])
 def test_one_generator_augments_block_after_block(block, num_views, rank, batch_size, monkeypatch):
     monkeypatch.setattr(batches, "BLOCK", block)
-    epoch = loader(batch_size, 5, 2, rank, views_per_image=num_views).epoch(3, torch.arange(297))
-    yielded = list(epoch)
-    assert len(yielded) == len(epoch) == len(epoch.indices)
+    of_process = loader(batch_size, 5, 2, rank, views_per_image=num_views)
+    yielded = list(of_process.epoch(3, torch.arange(297)))
+    steps_indices = of_process.indices(3, torch.arange(297))
+    assert len(yielded) == len(steps_indices)
     generator, steps = torch.Generator().manual_seed(derive_seed(5, 3, rank)), max(1, block // batch_size)
-    for first in range(0, len(epoch), steps):
-        images = NOISE.images[torch.cat(epoch.indices[first:first + steps])]
+    for first in range(0, len(yielded), steps):
+        images = NOISE.images[torch.cat(steps_indices[first:first + steps])]
         for view in range(num_views):
             found = torch.cat([views[view] for views, _ in yielded[first:first + steps]])
             assert torch.equal(found, AUGMENT(images, generator))
-    for (views, labels), indices in zip(yielded, epoch.indices, strict=True):
+    for (views, labels), indices in zip(yielded, steps_indices, strict=True):
         assert len(views) == num_views and torch.equal(labels, NOISE.labels[indices])
         assert all(view.is_contiguous(memory_format=torch.channels_last) for view in views)
 

@@ -6,7 +6,7 @@ from conftest import run
 from test_ip_dpp import brute_force
 
 import main_cifar10_finetune_ipdpp as finetune
-from util.batches import EpochBatches
+from util.batches import DeviceLoader
 from util.ip_dpp import draw_subset, inclusion_probabilities
 
 
@@ -29,18 +29,18 @@ def test_each_class_is_drawn_by_the_probabilities_of_its_own_images(kernel):
 @pytest.fixture
 def watched(monkeypatch):
     """(draws, trained on): arguments and result of each draw of a run, and the images of each epoch."""
-    draws, epochs, iterate = [], [], EpochBatches.__iter__
+    draws, epochs, indices = [], [], DeviceLoader.indices
 
     def draw(*args):
         draws.append((*args, draw_subset(*args)))
         return draws[-1][-1]
 
-    def iterate_and_note(batches):
-        epochs.append(torch.cat(list(batches.indices)).tolist())
-        return iterate(batches)
+    def indices_noted(*args):
+        epochs.append(torch.cat(indices(*args)).tolist())
+        return indices(*args)
 
     monkeypatch.setattr(finetune, "draw_subset", draw)
-    monkeypatch.setattr(EpochBatches, "__iter__", iterate_and_note)
+    monkeypatch.setattr(DeviceLoader, "indices", indices_noted)
     return draws, epochs
 
 

@@ -12,7 +12,7 @@ from conftest import FINETUNE, LINEPROB, PRETRAIN, final_file, one_of, run
 from engine import predict, warm_up_then_cosine
 from models import BNSNetwork, Classifier, create_encoder
 from util.augment import SimCLRAugment
-from util.batches import DeviceLoader, EpochBatches, to_device
+from util.batches import DeviceLoader, to_device
 from util.bns_loss import BNSLoss
 from util.ip_dpp import draw_subset
 from util.run.checkpoint import load_checkpoint, load_weights
@@ -182,16 +182,16 @@ def test_training_and_evaluation_on_cuda(amp, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("script", [PRETRAIN, LINEPROB, FINETUNE])
 def test_steps_do_not_wait_for_the_gpu(script, tmp_path, monkeypatch):
-    iterate = EpochBatches.__iter__
+    original = DeviceLoader.epoch
 
-    def watched(batches):
-        if batches.epoch:  # libraries that load in the first epoch may wait
+    def watched(loader, epoch, subset):
+        if epoch:  # libraries that load in the first epoch may wait
             torch.cuda.set_sync_debug_mode("error")
         try:
-            yield from iterate(batches)
+            yield from original(loader, epoch, subset)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(EpochBatches, "__iter__", watched)
+    monkeypatch.setattr(DeviceLoader, "epoch", watched)
     monkeypatch.setattr(Progress, "due", lambda self: False)  # a line about the loss waits for it
     run(script, tmp_path, "--epochs", 2, "--batch_size", 32, "--device", "cuda", "--amp", "bfloat16")

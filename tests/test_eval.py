@@ -86,7 +86,7 @@ def test_eval_repeats_the_last_epoch_exactly(script, amp, tmp_path, capsys):
 @pytest.mark.slow
 # Learning rates at which the logits tell classes apart after three epochs.
 @pytest.mark.parametrize("script, blr, flags", [
-    (LINEPROB, 1, []), (FINETUNE, 0.2, ["--sampling_freq", 1]), (FINETUNE, 0.05, ["--ipdpp_sampler", "none"])])
+    (LINEPROB, 3, []), (FINETUNE, 0.2, ["--sampling_freq", 1]), (FINETUNE, 0.05, ["--ipdpp_sampler", "none"])])
 def test_adjusted_figures_take_out_the_prior_of_the_images_drawn(script, blr, flags, tmp_path, capsys):
     last = run(script, tmp_path, "--epochs", 3, "--warmup_epochs", 0, "--batch_size", 10, "--blr", blr,
                "--num_samples", 10, *flags)[-1]
@@ -98,7 +98,7 @@ def test_adjusted_figures_take_out_the_prior_of_the_images_drawn(script, blr, fl
     assert {name: last[f"test_adjusted_{name}"] for name in adjusted} == pytest.approx(adjusted)
     assert {name: last[f"test_{name}"] for name in plain} == pytest.approx(plain)
     assert adjusted != plain and (adjusted != by_all or "none" in flags), "or another adjustment would pass too"
-    shots = " ".join(f"{name.capitalize()}-Shot {adjusted[name]:.3f}" for name in GROUPS)
+    shots = " ".join(f"{name.capitalize()}-Shot Acc@1 {adjusted[name]:.3f}" for name in GROUPS)
     line = f"* logit-adjusted (tau 1): Acc@1 {adjusted['acc1']:.3f} {shots}"
     assert line in capsys.readouterr().out.splitlines()
     assert evaluate(script, path) == figures_of(last) and line in capsys.readouterr().out.splitlines()
@@ -109,7 +109,7 @@ def test_knn_figures_are_those_of_plainly_computed_features(tmp_path, capsys):
     path, printed = final_file(PRETRAIN, tmp_path), capsys.readouterr().out
     figures = knn_accuracies(path)
     assert figures_of(history[0]) == {} and figures_of(history[1]) == pytest.approx(figures)
-    shots = " ".join(f"{name.capitalize()}-Shot {figures[f'knn_{name}']:.3f}" for name in GROUPS)
+    shots = " ".join(f"{name.capitalize()}-Shot Acc@1 {figures[f'knn_{name}']:.3f}" for name in GROUPS)
     assert re.findall(r"^\* .*", printed, re.M) == [f"* kNN Acc@1 {figures['knn_acc1']:.3f} {shots}"]
     # Probing leaves the encoder as it is.
     run(LINEPROB, tmp_path / "probe", "--epochs", 1, "--resume", path)

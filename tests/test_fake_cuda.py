@@ -13,7 +13,7 @@ from conftest import FINETUNE, LINEPROB, PRETRAIN, final_file, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from util.batches import EpochBatches
+from util.batches import DeviceLoader
 from util.run.log import Progress
 
 REQUIREMENTS = (Path(__file__).resolve().parents[1] / "requirements.txt").read_text()
@@ -119,7 +119,7 @@ def backward(loss):
 @pytest.fixture
 def fake_cuda(monkeypatch, few_images):
     """A FakeCuda. `of_steps` holds the `waits` of each epoch from its first batch to its last."""
-    device, quiet, save, iterate = FakeCuda(), mock.Mock(return_value=None), torch.save, EpochBatches.__iter__
+    device, quiet, save, epoch = FakeCuda(), mock.Mock(return_value=None), torch.save, DeviceLoader.epoch
 
     def pin(tensor):
         pinned = tensor.clone()
@@ -129,21 +129,21 @@ def fake_cuda(monkeypatch, few_images):
     def save_zeros(state, file):
         save(tree_map(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype) if is_fake(leaf) else leaf, state), file)
 
-    def counted(batches):
+    def counted(*args):
         device.waits.clear()
-        yield from iterate(batches)
+        yield from epoch(*args)
         device.of_steps.append(Counter(device.waits))
 
     device.of_steps = []
     replaced = {
         torch.cuda: {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-                     "is_bf16_supported": lambda **_: True, "max_memory_allocated": lambda _: 0, "_lazy_init": quiet,
+                     "is_bf16_supported": lambda **_: True, "_lazy_init": quiet,
                      "manual_seed_all": quiet, "set_device": quiet, "is_current_stream_capturing": lambda: False},
         fake_tensor: {"init_gpu_context": quiet},
         fake_tensor.FakeTensorMode: {"avoid_device_init": True},
         torch.Tensor: {"pin_memory": pin, "backward": backward},
         torch: {"save": save_zeros},
-        EpochBatches: {"__iter__": counted},
+        DeviceLoader: {"epoch": counted},
         Progress: {"due": lambda self: False},  # a line about the loss waits for it
     }
     for owner, attributes in replaced.items():

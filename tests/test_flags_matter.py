@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import FINETUNE, LINEPROB, PRETRAIN, final_file, load, run, scalars
 
-from util.batches import EpochBatches
+from util.batches import DeviceLoader
 from util.run.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -98,17 +98,17 @@ def test_without_another_flag_nothing_changes(script, plain, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_seed_decides_weights_draws_order_and_views_and_nothing_else_does(script, tmp_path, monkeypatch):
     """All images are the first one, so that views differ by the draw of the augmentation only."""
-    iterate, seen = EpochBatches.__iter__, []
+    original, seen = DeviceLoader.epoch, []
 
-    def watched(batches):
-        batches.loader.images = batches.loader.images[:1].expand_as(batches.loader.images)
-        indices = torch.cat(list(batches.indices))
+    def watched(loader, *args):
+        loader.images = loader.images[:1].expand_as(loader.images)
+        indices = torch.cat(loader.indices(*args))
         seen.append({"order": indices.argsort()})  # places among the images drawn, whatever was drawn
-        for views, labels in iterate(batches):
+        for views, labels in original(loader, *args):
             seen[-1].setdefault("views", views[0])
             yield views, labels
 
-    monkeypatch.setattr(EpochBatches, "__iter__", watched)
+    monkeypatch.setattr(DeviceLoader, "epoch", watched)
 
     def trained(seed, folder):
         run(script, tmp_path / folder, *OF_SCRIPT[script], "--lr", 1e-12, "--seed", seed)

@@ -4,6 +4,8 @@ import math
 import numpy as np
 import torch
 
+from util.auto_augment import move
+
 BLOCK = 1024  # images augmented at once: a batch of stage 1 on CIFAR-10, 16 batches of the later stages
 
 
@@ -28,20 +30,6 @@ def derive_seed(*key):
     return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)  # (1,) is not (1, 0)
 
 
-def split_epoch(num_images, batch_size, drop_last=False):
-    """Sizes of an epoch's batches: a list of ints. With `drop_last`, an incomplete last batch is left out.
-
-    A last batch of one image joins the batch before it, since batch norm cannot train on a single value per channel.
-    """
-    whole, rest = divmod(num_images, batch_size)
-    sizes = [batch_size] * whole
-    if rest == 1 and whole and not drop_last:
-        sizes[-1] += 1
-    elif rest and not drop_last:
-        sizes.append(rest)
-    return sizes
-
-
 class DeviceLoader:
     """Like a DataLoader, for images that lie on the device and are augmented there.
 
@@ -60,51 +48,44 @@ class DeviceLoader:
         self.augment, self.processes = augment, processes
         self.batch_size, self.seed, self.views_per_image, self.drop_last = batch_size, seed, views_per_image, drop_last
 
-    def steps(self, num_images):
-        """Batches of an epoch of `num_images`."""
-        return len(self._sizes(num_images))
+    def batch_sizes(self, num_images):
+        """Images of each step of an epoch over `num_images`, the same in every process: a list of ints.
 
-    def _sizes(self, num_images):
-        """Images of each batch, the same in every process."""
-        share = num_images / self.processes.world_size
-        return split_epoch(math.floor(share) if self.drop_last else math.ceil(share), self.batch_size, self.drop_last)
+        A last batch of one image joins the one before it, since batch norm cannot train on one value per channel.
+        """
+        share = num_images / self.processes.world_size  # where it is no whole number, some images come twice
+        whole, rest = divmod(math.floor(share) if self.drop_last else math.ceil(share), self.batch_size)
+        sizes = [self.batch_size] * whole
+        if rest == 1 and whole and not self.drop_last:
+            sizes[-1] += 1
+        elif rest and not self.drop_last:
+            sizes.append(rest)
+        return sizes
 
-    def epoch(self, epoch, subset):
-        """The batches of an epoch over the images `subset` (int64 indices (n,) on the CPU), in random order."""
+    def indices(self, epoch, subset):
+        """The images of each step of this process, int64 tensors; `subset`, (n,) on the CPU, in random order."""
         world_size = self.processes.world_size
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = subset[torch.randperm(len(subset), generator=generator)]
         share = math.ceil(len(order) / world_size)  # images are repeated until every process has as many
-        order = order.repeat(math.ceil(share * world_size / len(order))).to(self.images.device)
+        order = move(order.repeat(math.ceil(share * world_size / len(order))), self.images.device)
         mine = order[self.processes.rank:share * world_size:world_size]
-        sizes = self._sizes(len(subset))
-        return EpochBatches(self, epoch, mine[:sum(sizes)].split(sizes))
+        sizes = self.batch_sizes(len(subset))
+        return mine[:sum(sizes)].split(sizes)
 
-
-class EpochBatches:
-    """Yields (views, labels) of each step: a tuple of float (n, 3, size, size) views in [0, 1], and int64 (n,).
-
-    Attribute `indices`: the images of each step, a list of int64 tensors.
-    """
-
-    def __init__(self, loader, epoch, indices):
-        self.loader, self.epoch, self.indices = loader, epoch, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __iter__(self):
-        loader = self.loader
-        seed = derive_seed(loader.seed, self.epoch, loader.processes.rank)
+    def epoch(self, epoch, subset):
+        """Yield each step's views, a tuple of float (n, 3, size, size) in [0, 1], and labels, int64 (n,)."""
+        indices = self.indices(epoch, subset)
+        seed = derive_seed(self.seed, epoch, self.processes.rank)
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # for what is random in the network
-        steps_per_block = max(1, BLOCK // loader.batch_size)
-        for first in range(0, len(self), steps_per_block):
-            block = self.indices[first:first + steps_per_block]
-            pixels, sizes = loader.images[torch.cat(block)], [len(indices) for indices in block]
+        steps_per_block = max(1, BLOCK // self.batch_size)
+        for first in range(0, len(indices), steps_per_block):
+            block = indices[first:first + steps_per_block]
+            pixels, sizes = self.images[torch.cat(block)], [len(of_step) for of_step in block]
             views = []
-            for _ in range(loader.views_per_image):
-                augmented = loader.augment(pixels, generator).contiguous(memory_format=torch.channels_last)
+            for _ in range(self.views_per_image):
+                augmented = self.augment(pixels, generator).contiguous(memory_format=torch.channels_last)
                 views.append(augmented.split(sizes))
-            for indices, *views_of_step in zip(block, *views, strict=True):
-                yield tuple(views_of_step), loader.labels[indices]
+            for of_step, *views_of_step in zip(block, *views, strict=True):
+                yield tuple(views_of_step), self.labels[of_step]

@@ -8,22 +8,11 @@ from timm.utils import accuracy
 SHOTS = ("many", "medium", "few")
 
 
-def shot_groups(class_counts, shot_thresholds):
-    """Splits the classes by training images: boolean arrays (C,) of the many-, medium- and few-shot classes.
-
-    class_counts: (C,) training images per class. shot_thresholds: (many above, few below), both exclusive.
-    """
-    class_counts = np.asarray(class_counts)
-    many_above, few_below = shot_thresholds
-    many, few = class_counts > many_above, class_counts < few_below
-    return many, ~(many | few), few
-
-
 def classification_metrics(logits, targets, class_counts, shot_thresholds):
     """All figures of one evaluation, as Python floats.
 
     logits: float (N, C), N > 0, on the CPU. targets: int64 (N,), in [0, C).
-    class_counts, shot_thresholds: as in `shot_groups`.
+    class_counts: (C,) training images per class. shot_thresholds: (many above, few below), both exclusive.
     Returns a dict: `acc1`, `acc5` in percent; `loss`, the mean cross-entropy in nats; `many`, `medium`, `few`, the
     fraction of the group's test images that are right, None where there are none; `per_class`, a list of the same.
     Raises ValueError where the shapes disagree.
@@ -38,12 +27,13 @@ def classification_metrics(logits, targets, class_counts, shot_thresholds):
     def fraction(classes):
         return float(correct[classes].sum() / total[classes].sum()) if total[classes].sum() else None
 
-    many, medium, few = shot_groups(class_counts, shot_thresholds)
+    many_above, few_below = shot_thresholds
+    many, few = np.asarray(class_counts) > many_above, np.asarray(class_counts) < few_below
     return {
         # counted here and not by timm, so that ties between logits cannot make it disagree with the groups
         "acc1": 100 * fraction(slice(None)),
         "acc5": accuracy(logits, targets, topk=(5,))[0].item(),
         "loss": F.cross_entropy(logits.double(), targets).item(),
-        "many": fraction(many), "medium": fraction(medium), "few": fraction(few),
+        "many": fraction(many), "medium": fraction(~(many | few)), "few": fraction(few),
         "per_class": [fraction(c) for c in range(len(class_counts))],
     }

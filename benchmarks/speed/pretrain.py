@@ -31,6 +31,7 @@ from benchmarks.speed.augment import PIL_PIPELINES, load_pixels  # noqa: E402
 from benchmarks.speed.bns_loss import broadcast_loss  # noqa: E402
 from benchmarks.speed.timer import PeakMemory, median_seconds  # noqa: E402
 from models import BNSNetwork, Classifier, create_encoder  # noqa: E402
+from util.batches import DeviceLoader  # noqa: E402
 
 
 def ours(options, measure):
@@ -39,14 +40,14 @@ def ours(options, measure):
     `train()` does a block of steps, by the script's own train_one_epoch.
     """
     script = main_cifar10_pretrain_bns if options.stage == 1 else main_cifar10_finetune_ipdpp
-    train_one_epoch, results = script.train_one_epoch, []
+    train_one_epoch, one_epoch, results = script.train_one_epoch, DeviceLoader.epoch, []
+
+    def endless(loader, epoch, subset):
+        return itertools.chain.from_iterable(one_epoch(loader, number, subset) for number in itertools.count(epoch))
 
     def measured(network, criterion, batches, *rest):
-        endless = itertools.chain.from_iterable(itertools.repeat(batches))
-        block = mock.MagicMock()  # stands in for an epoch's batches: the next ones, as many as a block has
-        block.__len__.return_value = options.steps
-        block.__iter__.side_effect = lambda: itertools.islice(endless, options.steps)
-        results.append(measure(lambda: train_one_epoch(network, criterion, block, *rest)))
+        block = partial(itertools.islice, batches, options.steps)  # the next batches, as many as a block has
+        results.append(measure(lambda: train_one_epoch(network, criterion, block(), *rest)))
         raise SystemExit  # of the script
 
     flags = ["--model", options.model, "--batch_size", str(options.batch_size), "--device", options.device]
@@ -54,7 +55,8 @@ def ours(options, measure):
     flags += ["--data_root", options.data_root] if options.data_root else ["--toy_data"]
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         args = script.get_args_parser().parse_args([*flags, "--output_dir", folder, *options.flags])
-        with mock.patch.object(script, "train_one_epoch", measured), suppress(SystemExit):
+        with mock.patch.object(script, "train_one_epoch", measured), \
+                mock.patch.object(DeviceLoader, "epoch", endless), suppress(SystemExit):
             script.main(args)
     return results[0]
 

@@ -26,6 +26,7 @@ class Run:
         device, processes      where tensors lie; the processes of the run
         autocast(), scaler     precision of the forward pass; scales the loss of float16
         start_epoch, subset    first epoch to train; images drawn before it, or None
+        steps                  batches of an epoch
         evaluated              with --eval: its checkpoint
         log, progress          TensorBoard and log.txt; the progress line
 
@@ -73,7 +74,7 @@ class Run:
             OSError: a file cannot be written.
         """
         args, first = self.args, self.processes.first
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.steps = model, optimizer, steps
         final = f"{args.stage}_{args.dataset}_if{args.imbalanced_factor:.10g}.pth"
         self.folder = Folder(args.output_dir, final, args.keep_checkpoints)
         log_dir = Path(args.log_dir or args.output_dir)

@@ -78,10 +78,9 @@ class RunLog:
 
     @only_shows
     def scalars(self, values, epoch):
-        """Plot `values` (dict from tag to float; None is left out) at `epoch`, which may be fractional."""
+        """Plot `values` (dict from tag to float) at `epoch`, which may be fractional."""
         for tag, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(tag, value, round(1000 * epoch))
+            self.writer.add_scalar(tag, value, round(1000 * epoch))
         self.writer.flush()
 
     @only_shows

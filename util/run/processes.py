@@ -1,4 +1,4 @@
-"""One process or several (torchrun): which one this is, its device, precision and memory, and their exchanges."""
+"""One process or several (torchrun): which one this is, its device and precision, and their exchanges."""
 import ctypes
 import functools
 import os
@@ -111,11 +111,6 @@ def set_precision(args, device):
         torch.use_deterministic_algorithms(True)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-
-def peak_memory(device):
-    """The most memory of a CUDA device that was used so far, in GiB; None on the CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def keep_freed_memory():
