@@ -1,5 +1,6 @@
 """The loops that all recipes share: an epoch of training, prediction, evaluation."""
 import time
+from datetime import timedelta
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,7 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
     network.train()
     losses, rates, norms = [], [], []
     num_images, began = 0, time.monotonic()
+    shown = began  # when a line was last printed
     for step, (views, labels) in enumerate(batches):
         scheduler.step_update(epoch * run.steps + step)
         optimizer.zero_grad(set_to_none=True)
@@ -93,18 +95,20 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
         losses.append(loss.detach())
         rates.append(optimizer.param_groups[0]["lr"])
         num_images += len(labels)
-        if run.progress.due():
-            run.progress.show(f"epoch {epoch}  step {step + 1}/{run.steps}  loss {loss.item():.4f}")
+        if run.processes.first and time.monotonic() - shown >= 15:
+            shown = time.monotonic()
+            run.say(f"epoch {epoch}  step {step + 1}/{run.steps}  loss {loss.item():.4f}")
     if run.processes.world_size > 1:  # all take the first process's batch-norm statistics, which are those saved
         distribute_bn(run.model, run.processes.world_size)
     curves = {"train_loss": run.processes.mean(torch.stack(losses)), "lr": torch.tensor(rates),
               "train/gradient_norm": torch.stack(norms)}  # of the mean gradient, the same in all processes
     train_loss = curves["train_loss"].double().mean().item()
     num_images *= run.processes.world_size
-    speed = num_images / (time.monotonic() - began)
+    seconds = time.monotonic() - began
+    speed, left = num_images / seconds, timedelta(seconds=round(seconds * (run.args.epochs - 1 - epoch)))
     run.log.steps(curves, epoch)
     run.log.scalars({"train/images_per_second": speed}, epoch + EPOCH_END)
-    run.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {rates[-1]:.6f}  {speed:,.0f} images/s")
+    run.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {rates[-1]:.6f}  {speed:,.0f} images/s  {left} left")
     return {"train_loss": train_loss, "train_lr": rates[-1], "train_images": num_images}
 
 

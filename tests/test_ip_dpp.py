@@ -9,14 +9,7 @@ import torch
 from dppy.finite_dpps import FiniteDPP
 from scipy.stats import chisquare
 
-from util.ip_dpp import (
-    SAMPLERS,
-    draw_subset,
-    inclusion_probabilities,
-    likelihood_kernel,
-    sample_k_dpp,
-    true_label_log_probabilities,
-)
+from util.ip_dpp import SAMPLERS, draw_subset, inclusion_probabilities, sample_k_dpp, true_label_log_probabilities
 
 KERNELS = ("paper", "published")
 ALL_PAIRS = np.array(list(combinations(range(6), 2)))
@@ -102,14 +95,6 @@ def test_a_large_class(kernel):
     assert abs(inclusion.sum() - 500) < 1e-6
     assert abs(spread(samples, inclusion) - 1) < 5 * np.sqrt(2 / 5000)  # 5000 terms of variance about 2
     assert (np.ptp(inclusion) > 0.3) == (kernel == "paper")
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("regime", REGIMES)
-def test_likelihood_kernel_equals_the_formula(regime, kernel):
-    log_p = REGIMES[regime](np.random.default_rng(0), 40)
-    expected = kernel_by_hand(log_p, kernel)
-    np.testing.assert_allclose(likelihood_kernel(log_p, kernel), expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-200, 1e-310])

@@ -53,12 +53,12 @@ def _check(log_p, k):
 
 
 def _diagonal_plus_rank_one(log_p, kernel):
-    """(d, w, s, c) of the module's docstring; d and w have shape (N,)."""
+    """(d, w, s) of the module's docstring; d and w have shape (N,)."""
     p, e = np.exp(log_p), -np.expm1(log_p)
     c = {"paper": 1, "published": len(p)}[kernel]
     s = c - 1 + e.max()
     d = (c - 1 + e) / s + np.mean(e / s) * p if s > 0 else np.ones_like(p)
-    return d, p**2 / (len(p) * d), s, c
+    return d, p**2 / (len(p) * d), s
 
 
 def _tilt(d, k):
@@ -95,7 +95,7 @@ def sample_k_dpp(log_p, k, rng, kernel="paper"):
     n = len(log_p)
     if k in (0, n):
         return np.arange(k, dtype=np.int64)
-    d, w, s, _ = _diagonal_plus_rank_one(log_p, kernel)
+    d, w, s = _diagonal_plus_rank_one(log_p, kernel)
     t = _tilt(d, k)
     q = t * d / (1 + t * d)
     mark_weights = np.cumsum(np.append(w * q, s))
@@ -120,7 +120,7 @@ def inclusion_probabilities(log_p, k, kernel="paper"):
     n = len(log_p)
     if k in (0, n):
         return np.full(n, k / n)
-    d, w, s, _ = _diagonal_plus_rank_one(log_p, kernel)
+    d, w, s = _diagonal_plus_rank_one(log_p, kernel)
     t = _tilt(d, k)
     q, not_q = t * d / (1 + t * d), 1 / (1 + t * d)
     var = np.sum(q * not_q)
@@ -136,14 +136,6 @@ def inclusion_probabilities(log_p, k, kernel="paper"):
         total += (phi_over_zk * marked).real
         with_item += (phi_over_zk * r * (marked + w * not_q / factors)).real
     return np.clip(with_item / total, 0, 1)
-
-
-def likelihood_kernel(log_p, kernel="paper"):
-    """The matrix S itself, (N, N) float64: symmetric, positive semidefinite, rows summing to 1. For small N."""
-    log_p = _check(log_p, 0)
-    d, _, s, c = _diagonal_plus_rank_one(log_p, kernel)
-    p = np.exp(log_p)
-    return np.outer(p, p) / (c * len(p)) + np.diag(d * s / c)
 
 
 def true_label_log_probabilities(logits, labels):

@@ -6,7 +6,6 @@
 Optimiser, history and draw are left out, and flags that name files, folders or the device.
 """
 import sys
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,6 @@ def export(source, target):
     checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     flags = {name: value for name, value in checkpoint["args"].items() if name not in OF_A_MACHINE}
     torch.save({"model": checkpoint["model"], "epoch": checkpoint["epoch"], "args": flags}, target)
-    print(f"wrote {target} ({Path(target).stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

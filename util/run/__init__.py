@@ -28,7 +28,7 @@ class Run:
         start_epoch, subset    first epoch to train; images drawn before it, or None
         steps                  batches of an epoch
         evaluated              with --eval: its checkpoint
-        log, progress          TensorBoard and log.txt; the progress line
+        log                    TensorBoard and log.txt
 
     Raises:
         UserError: a flag that this machine cannot obey, or a checkpoint of --eval that cannot be read.
@@ -85,7 +85,6 @@ class Run:
         self.log = log.RunLog(self.folder.path, log_dir, self.start_epoch, quiet=not first)
         if self.history:  # else an empty log.txt would be taken for a run, should this one end before its first epoch
             self.processes.from_first(self.log.write_history, self.history)
-        self.progress = log.Progress(args.epochs * steps, self.start_epoch * steps, quiet=not first)
         self.last_epoch, self.saved_at = self.start_epoch - 1, time.monotonic()
         self.stop = StopSignal()
         data = f"toy data like {args.dataset}" if args.toy_data else args.dataset

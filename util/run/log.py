@@ -2,8 +2,6 @@
 import functools
 import json
 import os
-import time
-from datetime import timedelta
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -18,30 +16,6 @@ def say(text, end="\n"):
         print(text, end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-class Progress:
-    """Says every 15 seconds how far the run is, and how much time is left.
-
-    Args:
-        total: steps of the whole run.
-        done: steps that were done before this process began.
-        quiet: say nothing (every process but the first).
-    """
-
-    def __init__(self, total, done=0, quiet=False):
-        self.total, self.done, self.before, self.quiet = total, done, done, quiet
-        self.start = self.shown = time.monotonic()
-
-    def due(self):
-        """Count one step. Returns whether it is time to `show` something."""
-        self.done += 1
-        return not self.quiet and time.monotonic() - self.shown >= 15
-
-    def show(self, text):
-        self.shown = time.monotonic()
-        seconds = (self.shown - self.start) / (self.done - self.before) * (self.total - self.done)
-        say(f"{text}  {self.done / self.total:4.0%}  time left {timedelta(seconds=round(seconds))}")
 
 
 def only_shows(show):
