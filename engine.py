@@ -77,9 +77,8 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
         dict for log.txt: `train_loss`, the mean over the steps; `train_lr`, of the last step; `train_images`.
     """
     network.train()
-    losses, rates, norms = [], [], []
-    num_images, began = 0, time.monotonic()
-    shown = began  # when a line was last printed
+    losses, rates, norms, num_images = [], [], [], 0
+    began = shown = time.monotonic()
     for step, (views, labels) in enumerate(batches):
         scheduler.step_update(epoch * run.steps + step)
         optimizer.zero_grad(set_to_none=True)

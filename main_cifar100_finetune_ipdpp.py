@@ -6,8 +6,7 @@ r"""Stage 2 on CIFAR-100-LT: fine-tune the features of stage 1 on subsets drawn 
 The recipe is that of main_cifar10_finetune_ipdpp.py, with its defaults but for those below. New draws come before
 epochs 19, 39, 59 and 79.
 """
-from main_cifar10_finetune_ipdpp import get_args_parser as cifar10_parser
-from main_cifar10_finetune_ipdpp import main
+from main_cifar10_finetune_ipdpp import get_args_parser as cifar10_parser, main
 from util.run.options import launch
 
 

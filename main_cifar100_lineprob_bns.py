@@ -5,8 +5,7 @@ r"""Linear probing on CIFAR-100-LT: train a linear layer on the frozen features 
 
 The recipe is that of main_cifar10_lineprob_bns.py, with its defaults but for those below.
 """
-from main_cifar10_lineprob_bns import get_args_parser as cifar10_parser
-from main_cifar10_lineprob_bns import main
+from main_cifar10_lineprob_bns import get_args_parser as cifar10_parser, main
 from util.run.options import launch
 
 

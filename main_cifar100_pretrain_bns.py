@@ -4,8 +4,7 @@
 
 The recipe is that of main_cifar10_pretrain_bns.py, with its defaults but for those below.
 """
-from main_cifar10_pretrain_bns import get_args_parser as cifar10_parser
-from main_cifar10_pretrain_bns import main
+from main_cifar10_pretrain_bns import get_args_parser as cifar10_parser, main
 from util.run.options import launch
 
 

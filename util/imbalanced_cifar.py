@@ -59,14 +59,10 @@ class LongTailedMixin:
 
 
 class ImbalanceCIFAR10(LongTailedMixin, CIFAR10):
-    """Long-tailed CIFAR-10. See LongTailedMixin."""
-
     num_classes, n_max, shot_thresholds = 10, 5000, (500, 200)
 
 
 class ImbalanceCIFAR100(LongTailedMixin, CIFAR100):
-    """Long-tailed CIFAR-100. See LongTailedMixin."""
-
     num_classes, n_max, shot_thresholds = 100, 500, (100, 20)
 
 

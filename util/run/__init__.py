@@ -91,10 +91,7 @@ class Run:
         lr = optimizer.param_groups[0]["initial_lr"]  # the scheduler has set "lr" to the warm-up's first, 0
         self.say(f"{args.stage} on {data} at IF {args.imbalanced_factor:.10g}: {steps} steps an epoch, {args.model}, "
                  f"{self.device}, amp {args.amp}, lr {lr:g}, {self.processes.world_size} process(es)")
-        network = model
-        if self.processes.world_size > 1:
-            on_gpu = self.device.type == "cuda"
-            network = DistributedDataParallel(model, device_ids=[self.device] if on_gpu else None)
+        network = DistributedDataParallel(model) if self.processes.world_size > 1 else model
         # One graph for each batch size. With dynamic shapes, the smaller last batch would slow down all later ones.
         return torch.compile(network, dynamic=False) if args.compile else network
 

@@ -60,10 +60,8 @@ def load_checkpoint(path, flag="--resume"):
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror or error}, expected a checkpoint") from error
     except Exception as error:  # torch.load raises half a dozen types for damaged or foreign files
-        reason = "damaged, or not written by PyTorch"
-        if "GLOBAL" in str(error):  # the pickle names a class or function
-            reason = "it holds Python objects beyond tensors and plain values, none of which was executed"
-        raise UserError(f"{flag} {path}: no checkpoint that can be loaded safely: {reason}") from error
+        raise UserError(f"{flag} {path}: cannot be loaded safely: it is damaged, not written by PyTorch, or holds "
+                        "Python objects beyond tensors and plain values, none of which was executed") from error
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict):
         raise UserError(f"{flag} {path}: holds no entry 'model', expected a checkpoint of this project or the authors")

@@ -41,9 +41,8 @@ class RunLog:
     """
 
     def __init__(self, folder, log_dir, start=0, quiet=False):
-        self.path, self.writer = folder / "log.txt", None
-        if not quiet:
-            self.writer = SummaryWriter(str(log_dir), purge_step=1000 * start)
+        self.path = folder / "log.txt"
+        self.writer = None if quiet else SummaryWriter(str(log_dir), purge_step=1000 * start)
 
     def write_history(self, history):
         """Make log.txt hold exactly the epochs of `history` (list of dicts). Raises OSError as `write_atomically`."""

@@ -35,7 +35,6 @@ AT_LEAST_1 = number(int, "a whole number of at least 1", lambda value: value >= 
 AT_LEAST_2 = number(int, "a whole number of at least 2", lambda value: value >= 2)
 NOT_NEGATIVE = number(float, "a number of at least 0", lambda value: value >= 0)
 POSITIVE = number(float, "a number above 0", lambda value: value > 0)
-FACTOR = number(float, "a number of at least 1", lambda value: value >= 1)
 SHARE = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
 STRENGTH = number(float, "a number from 0 to 2.5", lambda value: 0 <= value <= 2.5)
 SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
@@ -45,8 +44,7 @@ GROUPS = {
     "data": {
         "--data_root -dr": dict(type=path, help="folder that holds CIFAR, or that it is downloaded to"),
         "--toy_data": dict(ON, help="render toy images in memory instead of reading CIFAR"),
-        "--imbalanced_factor": dict(type=FACTOR,
-                                    help="training images of the largest class per image of the smallest"),
+        "--imbalanced_factor": dict(type=POSITIVE, help="images of the largest class per image of the smallest"),
         "--num_classes": dict(type=AT_LEAST_1, help="classes of the data set"),
         "--input_size": dict(type=AT_LEAST_2, help="side of the images fed to the model, pixels"),
         "--augment": dict(choices=["simclr", "crop", "auto"], help="of the training images: SimCLR's; padding, crop "
@@ -70,9 +68,8 @@ GROUPS = {
                                    "the log of each class's share of the images trained on; 0: do not"),
     },
     "information-preservable DPP": {
-        "--sampling_freq": dict(type=AT_LEAST_1,
-                                help="epochs between draws: a new one comes before epoch e, counted from "
-                                     "0, if (e + 1) is a multiple of this, except before the last"),
+        "--sampling_freq": dict(type=AT_LEAST_1, help="epochs between draws: a new one comes before epoch e, counted "
+                                "from 0, if (e + 1) is a multiple of this, except before the last"),
         "--ipdpp_sampler": dict(choices=["exact", "uniform", "none"], help="exact k-DPP; plain random undersampling; "
                                 "no undersampling at all"),
         "--ipdpp_kernel": dict(choices=["paper", "published"], help="similarities divided by N (equation 16) or, as in "
@@ -98,8 +95,7 @@ GROUPS = {
         "--resume": dict(nargs="+", action="extend", type=path, metavar="FILE", help="checkpoint of this stage to "
                          "continue from, or of another, whose encoder to start from; auto: the highest epoch in "
                          "--output_dir. Of both, given together or apart, auto comes first"),
-        "--encoder": dict(type=path, metavar="FILE", help="start from the encoder in this checkpoint, whatever stage "
-                          "wrote it"),
+        "--encoder": dict(type=path, metavar="FILE", help="start from the encoder in this checkpoint, of any stage"),
         "--eval": dict(type=path, metavar="FILE", help="evaluate this checkpoint and stop. Data, model and draws are "
                        "those that it was trained with, unless you give a flag"),
         "--eval_freq": dict(type=AT_LEAST_1, help="epochs between evaluations on the test set"),

@@ -23,6 +23,7 @@ class Processes:
     def __init__(self, device="auto"):
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        self.first = self.rank == 0
         kind, _, index = device.partition(":")
         if kind == "auto":
             kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,10 +40,6 @@ class Processes:
         self._group = dist.group.WORLD if self.world_size > 1 else None
         # Small exchanges use the CPUs, so that they need not wait for the GPUs.
         self._hosts = dist.new_group(backend="gloo") if self.world_size > 1 else None
-
-    @property
-    def first(self):
-        return self.rank == 0
 
     def mean(self, tensor):
         """The mean of `tensor` over all processes."""

@@ -57,31 +57,24 @@ def begin_from(run, model, optimizer):
         raise UserError("--overwrite: found together with --resume auto, expected one of the two")
     if "auto" in words:
         if newest := run.folder.newest():
-            return _continue_newest(run, newest, model, optimizer)
-        run.say(f"--resume auto: no checkpoint in {args.output_dir} yet")
+            files = [("--resume auto", newest)]
+        else:
+            run.say(f"--resume auto: no checkpoint in {args.output_dir} yet")
     if not files:
         if args.stage != "pretrain_bns":
             run.say("no --resume and no --encoder: starting from a randomly initialised encoder")
         return None
     (flag, path), = files
     checkpoint = load_checkpoint(path, flag)
-    if flag == "--resume" and stage_of(checkpoint) == args.stage:
+    stage = stage_of(checkpoint)
+    if flag == "--resume auto" and stage != args.stage:
+        raise UserError(f"--output_dir: {path} is of stage {stage}, expected one of {args.stage}")
+    if flag != "--encoder" and stage == args.stage:
         _continue(run, checkpoint, path, model, optimizer)
     else:
         load_encoder(model.enc, checkpoint, f"{flag} {path}")
         run.say(f"starting from the encoder of {path}")
     return Path(path)
-
-
-def _continue_newest(run, path, model, optimizer):
-    try:
-        checkpoint = load_checkpoint(path, "--resume auto:")
-    except UserError as error:
-        raise UserError(f"{error}; if it is damaged, delete it to go on from the one before") from error
-    if stage_of(checkpoint) != run.args.stage:
-        raise UserError(f"--output_dir: {path} is of stage {stage_of(checkpoint)}, expected one of {run.args.stage}")
-    _continue(run, checkpoint, path, model, optimizer)
-    return path
 
 
 def _continue(run, checkpoint, path, model, optimizer):

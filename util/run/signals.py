@@ -2,6 +2,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 
 
 class StopSignal:
@@ -29,7 +30,5 @@ class StopSignal:
         if self.signum is None:
             self.signum, self.came_at = signum, time.monotonic()
             name = signal.Signals(signum).name
-            try:  # not `print`, which fails where it interrupts another print
+            with suppress(OSError):  # the terminal is gone; not `print`, which fails where it interrupts another print
                 os.write(1, f"\n{name}: stopping after this epoch (once more: at once)\n".encode())
-            except OSError:  # the terminal is gone
-                pass
