@@ -18,6 +18,7 @@ from util.run.log import EPOCH_END
 from util.toy_data import ToyCIFAR
 
 EVAL_BATCH = 500  # fixed, so that results do not depend on --batch_size
+SHOW_EVERY = 15.0  # seconds between lines within an epoch
 
 
 def load_data(run):
@@ -77,8 +78,9 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
         dict for log.txt: `train_loss`, the mean over the steps; `train_lr`, of the last step; `train_images`.
     """
     network.train()
-    losses, rates, norms, num_images = [], [], [], 0
-    began = shown = time.monotonic()
+    losses, rates, norms = [], [], []
+    num_images, began = 0, time.monotonic()
+    shown = began  # when a line was last printed
     for step, (views, labels) in enumerate(batches):
         scheduler.step_update(epoch * run.steps + step)
         optimizer.zero_grad(set_to_none=True)
@@ -94,7 +96,7 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
         losses.append(loss.detach())
         rates.append(optimizer.param_groups[0]["lr"])
         num_images += len(labels)
-        if run.processes.first and time.monotonic() - shown >= 15:
+        if run.processes.first and time.monotonic() - shown >= SHOW_EVERY:
             shown = time.monotonic()
             run.say(f"epoch {epoch}  step {step + 1}/{run.steps}  loss {loss.item():.4f}")
     if run.processes.world_size > 1:  # all take the first process's batch-norm statistics, which are those saved
@@ -103,11 +105,13 @@ def train_one_epoch(network, criterion, batches, optimizer, scheduler, epoch, ru
               "train/gradient_norm": torch.stack(norms)}  # of the mean gradient, the same in all processes
     train_loss = curves["train_loss"].double().mean().item()
     num_images *= run.processes.world_size
-    seconds = time.monotonic() - began
-    speed, left = num_images / seconds, timedelta(seconds=round(seconds * (run.args.epochs - 1 - epoch)))
+    now = time.monotonic()
+    speed = num_images / (now - began)
+    left = (now - run.began) / (epoch + 1 - run.start_epoch) * (run.args.epochs - 1 - epoch)
     run.log.steps(curves, epoch)
     run.log.scalars({"train/images_per_second": speed}, epoch + EPOCH_END)
-    run.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {rates[-1]:.6f}  {speed:,.0f} images/s  {left} left")
+    run.say(f"epoch {epoch}  train_loss {train_loss:.4f}  lr {rates[-1]:.6f}  {speed:,.0f} images/s  "
+            f"{timedelta(seconds=round(left))} left")
     return {"train_loss": train_loss, "train_lr": rates[-1], "train_images": num_images}
 
 

@@ -76,7 +76,6 @@ def finetune(args, run):
     loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed)
     steps = len(loader.batch_sizes(counts.sum()))
 
-    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every step.
     lr = args.lr or args.blr * args.batch_size * run.processes.world_size / 256
     groups = param_groups_weight_decay(model, args.weight_decay)  # weights decay, biases and norms do not
     optimizer = create_optimizer_v2(groups, args.opt, lr, momentum=0.9, betas=(0.9, 0.95), fused=True)
@@ -85,8 +84,7 @@ def finetune(args, run):
     network = run.begin(model, optimizer, steps)  # loads --resume, locks the output folder, wraps for DDP and --compile
     subset = torch.arange(len(train_set)) if args.ipdpp_sampler == "none" else run.subset
     for epoch in run.epochs():
-        # Draw before the first epoch and every --sampling_freq epochs (before epochs 9, 19, ..., as in the published
-        # code), but not before the last.
+        # Draw before the first epoch and every --sampling_freq epochs, as the published code does; not before the last.
         redraw = (epoch + 1) % args.sampling_freq == 0 and epoch < args.epochs - 1
         draw_stats = {}
         if args.ipdpp_sampler != "none" and (subset is None or redraw):

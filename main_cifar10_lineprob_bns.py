@@ -63,7 +63,6 @@ def probe(args, run):
     loader = DeviceLoader(train_set, augment, run.processes, args.batch_size, args.seed)
     steps = len(loader.batch_sizes(counts.sum()))
 
-    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every step.
     lr = args.lr or args.blr * args.batch_size * run.processes.world_size / 256
     groups = param_groups_weight_decay(model, args.weight_decay)  # weights decay, biases and norms do not
     optimizer = create_optimizer_v2(groups, args.opt, lr, momentum=0.9, betas=(0.9, 0.95), fused=True)

@@ -64,7 +64,6 @@ def pretrain(args, run):
     all_indices = torch.arange(len(train_set))
     steps = len(loader.batch_sizes(len(all_indices)))
 
-    # The learning rate rises linearly from 0, then falls to --min_lr along half a cosine, set at every step.
     lr = args.lr or args.blr * args.batch_size * run.processes.world_size / 256
     groups = param_groups_weight_decay(model, args.weight_decay)  # weights decay, biases and norms do not
     optimizer = create_optimizer_v2(groups, args.opt, lr, momentum=0.9, betas=(0.9, 0.95), fused=True)

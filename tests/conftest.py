@@ -48,10 +48,10 @@ def few_of(*args, **kwargs):
     toy = object.__new__(ToyCIFAR)
     DRAW_ALL(toy, *args, **kwargs)
     targets = np.array(toy.targets)
-    kept = np.concatenate([np.flatnonzero(targets == c)[::10] for c in range(toy.num_classes)])
+    kept = np.concatenate([np.flatnonzero(targets == c)[::10] for c in range(len(toy.classes))])
     toy.data, toy.targets = toy.data[kept], targets[kept].tolist()
     toy.class_counts = np.bincount(toy.targets)
-    if toy.num_classes == 10:
+    if len(toy.classes) == 10:
         toy.shot_thresholds = (5, 2)
     return vars(toy)
 

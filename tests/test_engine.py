@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FINETUNE, LINEPROB, PRETRAIN, final_file, one_of, run
 
+import engine
 from engine import predict, warm_up_then_cosine
 from models import BNSNetwork, Classifier, create_encoder
 from util.augment import SimCLRAugment
@@ -192,4 +193,5 @@ def test_steps_do_not_wait_for_the_gpu(script, tmp_path, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(DeviceLoader, "epoch", watched)
+    monkeypatch.setattr(engine, "SHOW_EVERY", math.inf)  # a line about the loss waits for it
     run(script, tmp_path, "--epochs", 2, "--batch_size", 32, "--device", "cuda", "--amp", "bfloat16")

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from util.auto_augment import CropAugment, check_bytes, move
+from util.auto_augment import CropAugment, check_bytes
+from util.batches import move
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 CPU_CHUNK = 128  # images of 32 x 32 whose intermediate results stay in a core's cache

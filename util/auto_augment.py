@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from util.batches import move
+
 # Cubuk et al. found 25 sub-policies on CIFAR-10 (their appendix): two operations each, with probability and level, from
 # 0 to 9, or None for operations without strength.
 AUTO_AUGMENT = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
@@ -25,11 +27,6 @@ CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # colour of CIFAR-10's training images, w
 def check_bytes(images):
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}, expected torch.uint8")
-
-
-def move(tensor, device):
-    """`tensor`, of the CPU, on `device`. Nothing waits for the transfer."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def transform(images, operation, level, sign):

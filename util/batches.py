@@ -4,8 +4,6 @@ import math
 import numpy as np
 import torch
 
-from util.auto_augment import move
-
 BLOCK = 1024  # images augmented at once: a batch of stage 1 on CIFAR-10, 16 batches of the later stages
 
 
@@ -23,6 +21,11 @@ def to_device(dataset, device):
     dataset.images = torch.from_numpy(data).to(device).permute(0, 3, 1, 2)
     dataset.labels = torch.from_numpy(targets.astype(np.int64)).to(device)
     return dataset
+
+
+def move(tensor, device):
+    """`tensor`, of the CPU, on `device`. Nothing waits for the transfer."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def derive_seed(*key):
@@ -53,7 +56,7 @@ class DeviceLoader:
 
         A last batch of one image joins the one before it, since batch norm cannot train on one value per channel.
         """
-        share = num_images / self.processes.world_size  # where it is no whole number, some images come twice
+        share = num_images / self.processes.world_size
         whole, rest = divmod(math.floor(share) if self.drop_last else math.ceil(share), self.batch_size)
         sizes = [self.batch_size] * whole
         if rest == 1 and whole and not self.drop_last:
@@ -63,7 +66,7 @@ class DeviceLoader:
         return sizes
 
     def indices(self, epoch, subset):
-        """The images of each step of this process, int64 tensors; `subset`, (n,) on the CPU, in random order."""
+        """The images of each step of this process, int64 tensors on the device: a random order of `subset`, (n,)."""
         world_size = self.processes.world_size
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = subset[torch.randperm(len(subset), generator=generator)]

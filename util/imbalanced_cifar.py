@@ -43,10 +43,9 @@ class LongTailedMixin:
     Raises UserError for a bad factor, and what torchvision raises for files that are absent or not the originals.
     """
 
-    def __init__(self, root, imbalanced_factor=100.0, train=True, transform=None, target_transform=None,
-                 download=False):
+    def __init__(self, root, imbalanced_factor=100.0, train=True, download=False):
         counts = long_tailed_counts(self.num_classes, self.n_max, imbalanced_factor)
-        super().__init__(root, train, transform, target_transform, download)
+        super().__init__(root, train, download=download)
         kept = long_tailed_indices(self.targets, counts) if train else np.arange(len(self.data))
         self.data = np.ascontiguousarray(self.data[kept])  # torchvision's is a transposed view
         self.targets = [self.targets[i] for i in kept]

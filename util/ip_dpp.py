@@ -156,9 +156,10 @@ def draw_subset(log_p, targets, num_samples, seed, sampler="exact", kernel="pape
         int64 tensor of indices, class by class, ascending within a class.
 
     Raises:
-        ValueError: as `sample_k_dpp`.
+        ValueError: an unknown sampler; others as `sample_k_dpp`.
     """
-    assert sampler in ("exact", "uniform")
+    if sampler not in ("exact", "uniform"):
+        raise ValueError(f"sampler must be exact or uniform, got {sampler!r}")
     targets, chosen, (seed, redraw) = np.asarray(targets), [], seed
     for c in np.unique(targets):
         members = np.flatnonzero(targets == c)

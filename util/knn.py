@@ -8,8 +8,7 @@ from torch import nn
 class KNNClassifier(nn.Module):
     """Weighted k-nearest-neighbour classifier (Wu et al., arXiv 1805.01978, section 3.4) for long-tailed neighbours.
 
-    A query's k nearest training images by cosine similarity s vote for their class with weight exp(s / temperature),
-    up to a factor that all votes of the query share.
+    A query's k nearest training images by cosine similarity s vote for their class with weight exp(s / temperature).
     Each vote is divided by the number of training images of its class: among long-tailed neighbours the largest classes
     would otherwise win nearly every vote.
 

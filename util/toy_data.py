@@ -41,7 +41,6 @@ class ToyCIFAR:
 
     def __init__(self, num_classes, imbalanced_factor=100.0, train=True):
         n_max, n_test, self.shot_thresholds = (500, 100, (50, 20)) if num_classes == 10 else (100, 20, (20, 4))
-        self.num_classes = num_classes
         counts = long_tailed_counts(num_classes, n_max, imbalanced_factor)
         self.class_counts = counts if train else np.full(num_classes, n_test)
         self.targets = np.repeat(np.arange(num_classes), self.class_counts).tolist()

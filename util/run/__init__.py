@@ -20,13 +20,13 @@ SAVE_EVERY = 600.0  # seconds after which a checkpoint is written, whatever --sa
 class Run:
     """One run of a script, a context manager. A recipe calls `begin`, then `end_epoch` for each of `epochs`, `finish`.
 
-    Attributes that the recipes use:
+    Attributes that recipes and engine use:
 
         args, model            the flags; the model that `begin` was given, without DDP and torch.compile
         device, processes      where tensors lie; the processes of the run
         autocast(), scaler     precision of the forward pass; scales the loss of float16
         start_epoch, subset    first epoch to train; images drawn before it, or None
-        steps                  batches of an epoch
+        steps, began           batches of an epoch; when the training began, by time.monotonic
         evaluated              with --eval: its checkpoint
         log                    TensorBoard and log.txt
 
@@ -85,7 +85,8 @@ class Run:
         self.log = log.RunLog(self.folder.path, log_dir, self.start_epoch, quiet=not first)
         if self.history:  # else an empty log.txt would be taken for a run, should this one end before its first epoch
             self.processes.from_first(self.log.write_history, self.history)
-        self.last_epoch, self.saved_at = self.start_epoch - 1, time.monotonic()
+        self.last_epoch = self.start_epoch - 1
+        self.began = self.saved_at = time.monotonic()
         self.stop = StopSignal()
         data = f"toy data like {args.dataset}" if args.toy_data else args.dataset
         lr = optimizer.param_groups[0]["initial_lr"]  # the scheduler has set "lr" to the warm-up's first, 0

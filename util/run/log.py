@@ -31,13 +31,12 @@ def only_shows(show):
 
 
 class RunLog:
-    """Writes log.txt in `folder` and TensorBoard events in `log_dir`; with `quiet`, no events.
+    """Writes log.txt in `folder` and TensorBoard events in `log_dir`; no events with `quiet`, as in later processes.
 
     TensorBoard's x axis is in thousandths of an epoch, the same for every batch size (as in MAE).
 
     Args:
         start: first epoch. TensorBoard drops points from there on, which an interrupted part of the run has left.
-        quiet: for every process but the first.
     """
 
     def __init__(self, folder, log_dir, start=0, quiet=False):

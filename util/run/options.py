@@ -34,6 +34,7 @@ AT_LEAST_0 = number(int, "a whole number of at least 0", lambda value: value >= 
 AT_LEAST_1 = number(int, "a whole number of at least 1", lambda value: value >= 1)
 AT_LEAST_2 = number(int, "a whole number of at least 2", lambda value: value >= 2)
 NOT_NEGATIVE = number(float, "a number of at least 0", lambda value: value >= 0)
+FACTOR = number(float, "a number of at least 1", lambda value: value >= 1)
 POSITIVE = number(float, "a number above 0", lambda value: value > 0)
 SHARE = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
 STRENGTH = number(float, "a number from 0 to 2.5", lambda value: 0 <= value <= 2.5)
@@ -44,7 +45,7 @@ GROUPS = {
     "data": {
         "--data_root -dr": dict(type=path, help="folder that holds CIFAR, or that it is downloaded to"),
         "--toy_data": dict(ON, help="render toy images in memory instead of reading CIFAR"),
-        "--imbalanced_factor": dict(type=POSITIVE, help="images of the largest class per image of the smallest"),
+        "--imbalanced_factor": dict(type=FACTOR, help="images of the largest class per image of the smallest"),
         "--num_classes": dict(type=AT_LEAST_1, help="classes of the data set"),
         "--input_size": dict(type=AT_LEAST_2, help="side of the images fed to the model, pixels"),
         "--augment": dict(choices=["simclr", "crop", "auto"], help="of the training images: SimCLR's; padding, crop "
@@ -110,7 +111,7 @@ GROUPS = {
     },
 }
 # These may change without a word when a run continues.
-RUN_FLAGS = {names.split()[0].strip("-") for names in GROUPS["run"]} | {"data_root", "given"}
+RUN_FLAGS = {names.split()[0].strip("-") for names in GROUPS["run"]} | {"data_root"}
 
 
 class Parser(argparse.ArgumentParser):

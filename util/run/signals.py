@@ -30,5 +30,6 @@ class StopSignal:
         if self.signum is None:
             self.signum, self.came_at = signum, time.monotonic()
             name = signal.Signals(signum).name
-            with suppress(OSError):  # the terminal is gone; not `print`, which fails where it interrupts another print
+            # Not `print`, which fails where it interrupts another print. The terminal may be gone.
+            with suppress(OSError):
                 os.write(1, f"\n{name}: stopping after this epoch (once more: at once)\n".encode())
