@@ -64,7 +64,6 @@ def variants(dataset, factor, stage1_epochs):
         "scratch-strong-e90": (2, f"{ALL} {STRONG} --epochs 90"),
         "scratch-strong-e160": (2, f"{ALL} {STRONG} --epochs 160"),
         "scratch-strong-e450": (1, f"{ALL} {STRONG} --epochs 450"),
-        "scratch-strong-wd0.001": (2, f"{ALL} {STRONG} --weight_decay 1e-3 --epochs 200"),
         "scratch-strong-wd0.001-e90": (1, f"{ALL} {STRONG} --weight_decay 1e-3 --epochs 90"),
         "scratch-strong-adjusted_loss": (2, f"{ALL} {STRONG} --epochs 200 --loss logit_adjusted"),
         # Is BNS worth its time? The same from its encoder, and from one of 40 epochs.
