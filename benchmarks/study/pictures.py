@@ -1,12 +1,11 @@
-"""The pictures of a study: accuracy against images and against cost, kNN along stage 1, what IP-DPP draws."""
+"""The pictures of a study: accuracy against cost, kNN along stage 1, what IP-DPP draws."""
 import re
 from collections import Counter, defaultdict
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.study.logs import ADJUSTED, KNN, PLAIN
+from benchmarks.study.logs import ADJUSTED, KNN, PLAIN, traits
 
 # ResNet-32 at imbalance factor 100, on CIFAR-10-LT and CIFAR-100-LT: figures of these papers, not of this project.
 FIELD = {
@@ -15,48 +14,42 @@ FIELD = {
     "BCL, Zhu et al. 2022": (84.3, 51.9),
     "ProCo, Du et al. 2024": (85.9, 52.8),
 }
-COLOURS = [colour for name in ("tab20", "tab20b", "tab20c") for colour in colormaps[name].colors]
-
-
-def draw_accuracy(study):
-    """Accuracy over the images seen in this stage, in a band from the lowest to the highest run."""
-    figure, axes = panels(2, sharey=True)
-    axes[0].set_ylabel("overall test accuracy, %")
-    for panel, kind, title in zip(axes, (PLAIN, ADJUSTED), ("plain", "logit-adjusted"), strict=True):
-        panel.set(xscale="log", xlabel="images seen in this stage", title=title)
-        for number, variant in enumerate(study.later):
-            curves, images = study.curves(variant, "overall", kind), study.images(variant)
-            shown = ~np.isnan(curves).any(axis=0)  # epochs in which all runs were evaluated
-            images, curves = images[shown], curves[:, shown]
-            panel.plot(images, curves.mean(axis=0), ".-", color=COLOURS[number], label=variant)
-            panel.fill_between(images, curves.min(axis=0), curves.max(axis=0), color=COLOURS[number], alpha=0.15)
-    save(figure, study.folder / "accuracy.png")
+SHAPES = {"cross_entropy": "o", "crop": "s", "strong": "^"}  # of a recipe
 
 
 def draw_cost(study):
-    """Accuracy at the last epoch over hours, encoders included, of the runs on the hardware of most variants."""
+    """Accuracy at the last epoch over hours, encoders included, of the runs on the hardware of most variants.
+
+    Colours say which encoder a run starts from, and shapes its recipe. The best of each colour and shape is named.
+    """
     hardware, _ = Counter(tuple(study.cost(variant)) for variant in study.later).most_common(1)[0]
     figure, (panel,) = panels(1, width=9)
-    panel.set(xscale="log", xlabel=f"{' + '.join(hardware)}-hours", ylabel="overall test accuracy, %",
-              title="last epoch: plain (dots), adjusted (triangles)")
-    for colour, variant in zip(COLOURS, study.later, strict=False):
-        cost = study.cost(variant)
+    panel.set(xlabel=f"{' + '.join(hardware)}-hours", ylabel="overall test accuracy, %",
+              title="last epoch: plain (small), adjusted by logits or by the loss (large)")
+    points = defaultdict(list)
+    for variant in study.later:
+        plain, adjusted = (study.curves(variant, "overall", kind)[:, -1].mean() for kind in (PLAIN, ADJUSTED))
+        if np.isnan(adjusted):  # by the adjusted loss, there is nothing left to adjust
+            plain, adjusted = np.nan, plain
+        cost, names = study.cost(variant), traits(variant)
         if tuple(cost) == hardware:
-            hours = sum(cost.values())
-            plain, adjusted = (study.curves(variant, "overall", kind)[:, -1].mean() for kind in (PLAIN, ADJUSTED))
-            panel.plot([hours, hours], [plain, adjusted], ":", color=colour)
-            panel.plot(hours, plain, "o", color=colour, label=variant)
-            panel.plot(hours, adjusted, "^", color=colour)
+            points[names["encoder"], names["recipe"]].append((adjusted, plain, sum(cost.values()), variant))
+    encoders = sorted({encoder for encoder, _ in points})
+    for (encoder, recipe), group in sorted(points.items()):
+        colour, shape = f"C{encoders.index(encoder)}", SHAPES[recipe]
+        for adjusted, plain, hours, _ in group:
+            panel.plot([hours, hours], [plain, adjusted], shape + ":", color=colour, markersize=3)
+            panel.plot(hours, adjusted, shape, color=colour, label=f"{encoder}-..., {recipe}: best {max(group)[-1]}")
+    panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter("{x:g}")
     dataset = re.search(r"(cifar\d+)_if100_resnet32", study.folder.name)
-    for number, (name, figures) in enumerate(FIELD.items() if dataset else ()):
+    for name, figures in FIELD.items() if dataset else ():
         published = figures[dataset[1] == "cifar100"]
         panel.axhline(published, color="grey", linewidth=1, linestyle="--")
-        panel.annotate(f"{name}: {published}", (0.02 + 0.3 * (number % 2), published + 0.2),
-                       xycoords=("axes fraction", "data"), fontsize=7, color="grey")
+        panel.annotate(f"{name}: {published}", (1.01, published), xycoords=("axes fraction", "data"), fontsize=7,
+                       color="grey", va="center")
     panel.margins(y=0.08)
-    save(figure, study.folder / "cost.png")
+    save(figure, study.folder / "cost.png", columns=2)
 
 
 def draw_neighbours(study):
@@ -72,7 +65,7 @@ def draw_neighbours(study):
 
 
 def draw_draws(study):
-    """Mean p and margin of drawn and left images: means over the seeds and over the classes logged, the largest.
+    """Mean p and margin of the images that IP-DPP drew and left, over the seeds and the classes logged, the largest.
 
     The first draw is left out: its classifier is untrained, and its margins would hide all others.
     """
@@ -86,9 +79,9 @@ def draw_draws(study):
             for draw in record.get("drawn", ()) if record["epoch"] > 0 else ():
                 names = ("drawn_mean_p", "left_mean_p", "drawn_margin", "left_margin")
                 values[record["epoch"]].append([draw.get(name, np.nan) for name in names])
-        if not values or re.search(r"-n\d+", variant):  # those would crowd it
+        if not values or re.search(r"-uniform|-n\d+|-adjusted_loss", variant):  # those would crowd it
             continue
-        epochs, colour = list(values), COLOURS[len(axes[1].lines)]
+        epochs, colour = list(values), f"C{len(axes[1].lines)}"
         drawn_p, left_p, drawn_margin, left_margin = np.array([np.mean(rows, axis=0) for rows in values.values()]).T
         for panel, drawn, left in (axes[0], drawn_p, left_p), (axes[2], drawn_margin, left_margin):
             panel.plot(epochs, drawn, ".-", color=colour, label=f"{variant}, drawn")
@@ -105,7 +98,8 @@ def panels(number, width=5, **options):
     return figure, axes
 
 
-def save(figure, path):
+def save(figure, path, columns=4):
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    entries = dict(zip(labels, handles, strict=True))  # each label once
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     figure.savefig(path)

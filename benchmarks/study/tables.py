@@ -35,8 +35,7 @@ def readme(study):
     blocks = [f"# {study.folder.name}", ABOUT]
     if study.later:
         blocks += ["## Accuracy", ABOUT_ACCURACIES, accuracies(study), "![Accuracy against cost](./cost.png)",
-                   "![Accuracy against images seen](./accuracy.png)", "## Differences", ABOUT_DIFFERENCES,
-                   differences(study)]
+                   "## Differences", ABOUT_DIFFERENCES, differences(study)]
     if study.stages1:
         blocks += ["## Stage 1", ABOUT_NEIGHBOURS, neighbours(study), "![kNN accuracy by epoch](./knn.png)"]
     if study.records_with("drawn"):
@@ -165,8 +164,8 @@ def write(folder):
     """Write README.md and the pictures of a study into its folder."""
     study = Study(folder)
     (folder / "README.md").write_text(readme(study))
-    for rows, draw in ((study.later, pictures.draw_accuracy), (study.later, pictures.draw_cost),
-                       (study.stages1, pictures.draw_neighbours), (study.records_with("drawn"), pictures.draw_draws)):
+    for rows, draw in ((study.later, pictures.draw_cost), (study.stages1, pictures.draw_neighbours),
+                       (study.records_with("drawn"), pictures.draw_draws)):
         if rows:
             draw(study)
 
