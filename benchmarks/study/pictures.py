@@ -29,9 +29,9 @@ def draw_cost(study):
     points = defaultdict(list)
     for variant in study.later:
         plain, adjusted = (study.curves(variant, "overall", kind)[:, -1].mean() for kind in (PLAIN, ADJUSTED))
-        if np.isnan(adjusted):  # by the adjusted loss, there is nothing left to adjust
-            plain, adjusted = np.nan, plain
         cost, names = study.cost(variant), traits(variant)
+        if "adjusted_loss" in names:  # there is nothing left to adjust
+            plain, adjusted = np.nan, plain
         if tuple(cost) == hardware:
             points[names["encoder"], names["recipe"]].append((adjusted, plain, sum(cost.values()), variant))
     encoders = sorted({encoder for encoder, _ in points})
@@ -65,13 +65,13 @@ def draw_neighbours(study):
 
 
 def draw_draws(study):
-    """Mean p and margin of the images that IP-DPP drew and left, over the seeds and the classes logged, the largest.
+    """Mean p and margin of the images that IP-DPP drew, and of the others: over the seeds and the largest classes.
 
     The first draw is left out: its classifier is untrained, and its margins would hide all others.
     """
     figure, axes = panels(3, subplot_kw={"xlabel": "epoch of the draw"})
     axes[0].set(ylabel="p of the true label, five largest classes")
-    axes[1].set(ylabel="p: drawn minus left images")
+    axes[1].set(ylabel="p: drawn minus not drawn")
     axes[2].set(ylabel="margin of the true label's logit")
     for variant in study.later:
         values = defaultdict(list)
@@ -85,7 +85,7 @@ def draw_draws(study):
         drawn_p, left_p, drawn_margin, left_margin = np.array([np.mean(rows, axis=0) for rows in values.values()]).T
         for panel, drawn, left in (axes[0], drawn_p, left_p), (axes[2], drawn_margin, left_margin):
             panel.plot(epochs, drawn, ".-", color=colour, label=f"{variant}, drawn")
-            panel.plot(epochs, left, ".--", color=colour, label=f"{variant}, left")
+            panel.plot(epochs, left, ".--", color=colour, label=f"{variant}, not drawn")
         axes[1].plot(epochs, drawn_p - left_p, ".-", color=colour)
     save(figure, study.folder / "draws.png")
 
